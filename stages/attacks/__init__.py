@@ -1,0 +1,1 @@
+"""Attacks: frozen values whose one verb looks for adversarial examples within a threat."""

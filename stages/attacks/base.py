@@ -1,0 +1,71 @@
+"""The contract of an attack: a sealed call around one abstract verb."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Annotated, final
+
+import torch
+from torch import Generator, Tensor
+
+from stages.method import InputError, Method, polymorphic
+from stages.threat import Threat
+
+FOLDER = "stages.attacks"
+
+Logits = Callable[[Tensor], Tensor]
+"""[B, C, H, W] in [0, 1] -> [B, K]: a network, a network behind a detector, or an exported engine."""
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+class Attack(Method):
+    """Looks for a point of the threat that is classified wrongly. Randomness comes from the passed generator alone."""
+
+    @property
+    def needs_gradients(self) -> bool:
+        """False for attacks that only query outputs and so run on exported engines too."""
+        return True
+
+    def prepare(self, logits: Logits, data: Batches, rng: Generator) -> "Attack":
+        """Fit whatever the attack learns before it strikes (a generator, directions); most learn nothing."""
+        del logits, data, rng
+        return self
+
+    @final
+    def __call__(self, logits: Logits, x: Tensor, y: Tensor, threat: Threat, rng: Generator) -> Tensor:
+        """Adversarial examples [B, C, H, W] within the threat; an example that was not broken comes back as x itself.
+
+        Examples that are wrong already come back as they are. Raises `InputError` where x leaves the data range or is
+        not finite, or where y does not fit.
+        """
+        _check(x, y, threat)
+        with torch.no_grad():
+            right = logits(x).argmax(1) == y
+        result = x.clone()
+        rows = right.nonzero().flatten()
+        if len(rows) == 0 or threat.eps == 0:
+            return result
+        x_adv = self.perturb(logits, x[rows], y[rows], threat, rng).detach()
+        x_adv = threat.project(x_adv, x[rows])
+        with torch.no_grad():
+            broken = logits(x_adv).argmax(1) != y[rows]
+        result[rows[broken]] = x_adv[broken]
+        return result
+
+    @abstractmethod
+    def perturb(self, logits: Logits, x: Tensor, y: Tensor, threat: Threat, rng: Generator) -> Tensor:
+        """The attack itself, on examples that are still classified rightly; [B, C, H, W] back, any device as x."""
+
+
+AnyAttack = Annotated[Attack, *polymorphic(FOLDER, Attack)]
+
+
+def _check(x: Tensor, y: Tensor, threat: Threat) -> None:
+    if x.dim() < 2 or y.shape != x.shape[:1]:
+        raise InputError(f"attack: expected images [B, ...] and labels [B], got {tuple(x.shape)} and {tuple(y.shape)}")
+    low, high = (float(x.min()), float(x.max())) if x.numel() else (threat.low, threat.high)
+    if not (threat.low <= low and high <= threat.high):
+        raise InputError(
+            f"attack: expected pixels within [{threat.low:g}, {threat.high:g}], got {low:g}..{high:g}; "
+            "keep normalisation inside the network"
+        )

@@ -1,0 +1,52 @@
+"""The contract of a certifier: a sound lower bound on linear functions of the logits over a box."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Annotated, final
+
+import torch
+from torch import Tensor, nn
+
+from stages.method import InputError, Method, polymorphic
+from stages.threat import Threat
+
+FOLDER = "stages.bounds"
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Per-pixel bounds [B, C, H, W], low <= high, finite."""
+
+    low: Tensor
+    high: Tensor
+
+    @staticmethod
+    def around(x: Tensor, threat: Threat) -> "Box":
+        """The smallest box that holds the threat around x, cut with the data range (for l2 and l1 balls larger)."""
+        return Box((x - threat.eps).clamp(min=threat.low), (x + threat.eps).clamp(max=threat.high))
+
+
+class Certifier(Method):
+    @abstractmethod
+    def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
+        """[B, R] sound lower bounds of rows @ logits over the box; rows is [B, R, K]. Net in eval mode."""
+
+    @final
+    def margins(self, net: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
+        """[B] sound lower bound on the true class's lead over the best other class; positive is a proof."""
+        if net.training:
+            raise InputError("certifier: expected a network in eval mode, got one in training mode; call .eval()")
+        return self.lower(net, Box.around(x, threat), lead_rows(net, x, y)).amin(1)
+
+
+AnyCertifier = Annotated[Certifier, *polymorphic(FOLDER, Certifier)]
+
+
+def lead_rows(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """[B, K-1, K] rows e_y - e_k for every k != y; K is read off one forward pass."""
+    with torch.no_grad():
+        classes = net(x[:1]).shape[1]
+    eye = torch.eye(classes, device=x.device, dtype=x.dtype)
+    leads = eye[y].unsqueeze(1) - eye.unsqueeze(0)
+    others = torch.arange(classes, device=x.device).unsqueeze(0) != y.unsqueeze(1)
+    return leads[others].view(len(y), classes - 1, classes)

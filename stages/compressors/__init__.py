@@ -1,0 +1,1 @@
+"""Compressors: a model in, a smaller model with more rewrites out."""

@@ -1,0 +1,1 @@
+"""Data sets: real images from local files, checked before use."""

@@ -1,0 +1,12 @@
+"""Accuracies as measurements with their per-example outcomes; shared by the five stages."""
+
+from torch import Tensor
+
+from pipeline.core.measurement import Measurement, fraction
+from pipeline.core.record import Outcomes
+
+
+def accuracy(name: str, hits: Tensor, indices: Tensor) -> tuple[Measurement, dict[str, Outcomes]]:
+    """Wilson interval and one bit per example; `hits` bool [N], `indices` int64 [N] within the split's file order."""
+    right = [bool(hit) for hit in hits.tolist()]
+    return fraction(name, sum(right), len(right)), {name: Outcomes.of(indices.tolist(), right)}

@@ -1,0 +1,109 @@
+"""Methods: frozen values with one verb. The folder is the registry.
+
+In a method folder `base.py` is the contract, `_name.py` a helper, and every other file holds one method named like the
+file. Listing names reads file names and imports nothing; naming one imports one file. Others add methods through an
+entry point whose group is the folder's dotted name (`stages.attacks`) and whose name is that of the module.
+"""
+
+import difflib
+import importlib
+import inspect
+from abc import ABC
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+
+T = TypeVar("T", bound="Method")
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the text says what, where, expected, got and what to do next."""
+
+
+class Value(BaseModel):
+    """A frozen record that refuses unknown fields, NaN and infinity (as `pipeline/core/value.py`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def dump(self) -> dict[str, Any]:
+        """Plain JSON data, defaults included; `load` turns it back into an equal value."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def load(cls, data: object) -> Self:
+        """Raises pydantic's `ValidationError` where `data` does not fit."""
+        return cls.model_validate(data)
+
+
+class Method(Value, ABC):
+    """A method and its settings in one frozen value; it holds no state. Its `kind` is the name of its file."""
+
+    @property
+    def kind(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
+
+    def dump(self) -> dict[str, Any]:
+        return {"kind": self.kind, **super().dump()}
+
+
+def names(folder: str) -> tuple[str, ...]:
+    """The methods on offer in a folder such as `"stages.attacks"`, sorted; imports none of them."""
+    found = {path.stem for path in _path(folder).glob("*.py") if path.stem != "base" and path.stem[0] != "_"}
+    return tuple(sorted(found | {point.name for point in entry_points(group=folder)}))
+
+
+def module_of(folder: str, kind: str) -> str:
+    """The dotted name of the module that holds a method. Raises `InputError` with the nearest name."""
+    if (_path(folder) / f"{kind}.py").is_file() and kind != "base" and kind[:1] != "_":
+        return f"{folder}.{kind}"
+    for point in entry_points(group=folder):
+        if point.name == kind:
+            return point.value.partition(":")[0]
+    what = folder.rpartition(".")[2]
+    close = difflib.get_close_matches(kind, names(folder), n=1)
+    hint = f'did you mean "{close[0]}"?' if close else f"there is {', '.join(names(folder))}"
+    raise InputError(f'no method "{kind}" in {what}; {hint}')
+
+
+def load(folder: str, base: type[T], data: object) -> T:
+    """A method from `"pgd"` or `{"kind": "pgd", "steps": 20}`; a method passes through."""
+    if isinstance(data, base):
+        return data
+    if isinstance(data, str):
+        data = {"kind": data}
+    if not isinstance(data, Mapping) or not isinstance(data.get("kind"), str):
+        raise InputError(f'expected a name or a table with "kind", got {data!r}; there is {", ".join(names(folder))}')
+    module = importlib.import_module(module_of(folder, data["kind"]))
+    return _only_method(module, base).load({key: value for key, value in data.items() if key != "kind"})
+
+
+def polymorphic(folder: str, base: type[Method]) -> tuple[BeforeValidator, PlainSerializer]:
+    """The annotations that make a pydantic field of type `base` load by kind and dump every field of its subclass.
+
+    Without them a field annotated with the abstract base drops the subclass's fields when dumped, and two different
+    attacks would share a cache key.
+    """
+    return (
+        BeforeValidator(lambda data: load(folder, base, data)),
+        PlainSerializer(lambda method: method.dump(), return_type=dict[str, Any]),
+    )
+
+
+def _only_method(module: ModuleType, base: type[T]) -> type[T]:
+    own = [
+        c
+        for _, c in inspect.getmembers(module, inspect.isclass)
+        if issubclass(c, base) and c.__module__ == module.__name__ and not inspect.isabstract(c)
+    ]
+    if len(own) != 1:
+        raise InputError(f"{module.__name__}: expected exactly one {base.__name__}, got {len(own)}")
+    return own[0]
+
+
+def _path(folder: str) -> Path:
+    # Not importlib.util.find_spec: that would import the parent packages, and listing must stay free of torch.
+    return Path(__file__).resolve().parent.joinpath(*folder.split(".")[1:])

@@ -1,0 +1,1 @@
+"""Training recipes: what loss one batch has, under which threat."""

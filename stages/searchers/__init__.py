@@ -1,0 +1,1 @@
+"""Searchers: choose an architecture under a cost."""

@@ -1,0 +1,1 @@
+"""What a device needs: numpy and one inference runtime."""
