@@ -23,6 +23,8 @@ T = TypeVar("T", bound="Method")
 class InputError(ValueError):
     """What the user gave cannot be used; the text says what, where, expected, got and what to do next."""
 
+    status = 2
+
 
 class Value(BaseModel):
     """A frozen record that refuses unknown fields, NaN and infinity (as `pipeline/core/value.py`)."""

@@ -1,11 +1,27 @@
-"""The spec: one file says everything. Sections stay opaque here; `plan` has their owners parse them."""
+"""The spec: one file says everything. Sections stay opaque here; `plan` has their owners parse them.
 
+Three layers, the later one wins key by key: a preset, the user's TOML file, `--set a.b=c`. Every value remembers where
+it was written, so that a finding can name file and line.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from pipeline.core.errors import BadInput, SpecError, nearest
 from pipeline.core.gate import Budget
 from pipeline.core.value import Value
+
+PRESETS = Path(__file__).resolve().parent.parent / "presets"
+SECTIONS = ("name", "preset", "seed", "target", "task", "stages", "budget", "regression")
+_STAGES = ("search", "train", "compress", "validate", "export")
+
+At = tuple[str, ...]
 
 
 class Spec(Value):
@@ -21,3 +37,139 @@ class Spec(Value):
     stages: dict[str, dict[str, Any]] = {}
     budget: dict[str, Budget] = {}
     regression: dict[str, Budget] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The merged tables of a spec before anybody parsed them, and where each key was written."""
+
+    data: dict[str, Any]
+    places: dict[At, str] = field(default_factory=dict)
+
+    def where(self, at: At) -> str:
+        """`spec.toml:14: stages.train.epochs`: the place of the key, or of the nearest table around it."""
+        for end in range(len(at), 0, -1):
+            place = self.places.get(at[:end])
+            if place:
+                return f"{place}: {'.'.join(at)}"
+        return ".".join(at)
+
+
+def presets() -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in PRESETS.glob("*.toml")))
+
+
+def read(path: Path | None = None, preset: str | None = None, settings: Sequence[str] = ()) -> Draft:
+    """The merged draft of a preset, a file and `--set` settings; neither file nor preset means the `digits` preset.
+
+    Raises `BadInput` where a file cannot be read or is no TOML, `SpecError` for an unknown preset or setting.
+    """
+    layers: list[tuple[dict[str, Any], dict[At, str]]] = []
+    if path is not None:
+        layers.append(_file(path, str(path)))
+        named = layers[0][0].pop("preset", None)
+        if named is not None and not isinstance(named, str):
+            raise SpecError([f"{path}: preset: expected a name, got {named!r}"])
+        preset = preset or named
+        layers[0][0].setdefault("name", _name_of(path))
+    elif preset is None:
+        preset = "digits"
+    if preset is not None:
+        if preset not in presets():
+            raise SpecError([f'no preset "{preset}"{nearest(preset, presets())}'])
+        base, places = _file(PRESETS / f"{preset}.toml", f"preset {preset}")
+        base.setdefault("name", preset)
+        layers.insert(0, (base, places))
+    layers.extend(_setting(text) for text in settings)
+    data: dict[str, Any] = {}
+    places = {}
+    for table, table_places in layers:
+        merge_into(data, table)
+        places.update(table_places)
+    return Draft(data, places)
+
+
+def merge_into(base: dict[str, Any], over: Mapping[str, Any]) -> None:
+    """Lay `over` over `base`: tables key by key, anything else replaced. A table that names another kind replaces."""
+    for key, value in over.items():
+        old = base.get(key)
+        if (
+            isinstance(old, dict)
+            and isinstance(value, Mapping)
+            and value.get("kind", old.get("kind")) == old.get("kind")
+        ):
+            merge_into(old, value)
+        else:
+            base[key] = _copy(value)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value
+
+
+def _name_of(path: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") or "spec"
+
+
+def _file(path: Path, label: str) -> tuple[dict[str, Any], dict[At, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInput(f"{label}: no such file; `python -m pipeline init` writes a spec for your data") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{label}: cannot be read as UTF-8 text: {error}") from None
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{label}: not TOML: {error}") from None
+    if not data:
+        raise SpecError([f'{label}: the spec is empty; expected at least [task], or a line such as preset = "digits"'])
+    return data, {at: f"{label}:{line}" for at, line in _lines(text).items()}
+
+
+_HEADER = re.compile(r"^\s*\[\[?\s*([^\]]+?)\s*\]\]?\s*(?:#.*)?$")
+_KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
+
+
+def _lines(text: str) -> dict[At, int]:
+    """The line of every table and key. Keys of inline tables share the line of the key they belong to."""
+    found: dict[At, int] = {}
+    table: At = ()
+    depth = 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if depth == 0:
+            if header := _HEADER.match(line):
+                table = _parts(header[1])
+                found.setdefault(table, number)
+                continue
+            if key := _KEY.match(line):
+                found.setdefault((*table, *_parts(key[1])), number)
+        bare = re.sub(r""""(?:\\.|[^"\\])*"|'[^']*'|#.*""", "", line)
+        depth += sum(bare.count(c) for c in "[{") - sum(bare.count(c) for c in "]}")
+    return found
+
+
+def _parts(dotted: str) -> At:
+    return tuple(part.strip().strip("\"'") for part in dotted.split("."))
+
+
+def _setting(text: str) -> tuple[dict[str, Any], dict[At, str]]:
+    """`train.epochs=3` or `stages.train.epochs=3`; the value is TOML where it parses, else a string."""
+    key, equals, value = text.partition("=")
+    at = _parts(key)
+    if not equals or not all(at):
+        raise SpecError([f'--set {text}: expected a.b=value, such as "train.epochs=3"'])
+    if at[0] in _STAGES:
+        at = ("stages", *at)
+    if at[0] not in SECTIONS:
+        raise SpecError([f'--set {text}: no section "{at[0]}"{nearest(at[0], (*SECTIONS, *_STAGES))}'])
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    table: dict[str, Any] = {at[-1]: parsed}
+    for part in reversed(at[:-1]):
+        table = {part: table}
+    return table, {at: f"--set {text}"}

@@ -20,14 +20,30 @@ class Attempt(Value):
 
 
 class Bisect(Value):
-    """Look for the boldest value of one knob that passes: `boldest` and `gentlest` first, then halving between."""
+    """Look for the boldest value of one knob that passes: `boldest` and `gentlest` first, then halving between.
+
+    `path` leads to the knob within the full config, which may nest what the spec writes flat.
+    """
 
     knob: str
+    path: tuple[str, ...]
     boldest: float
     gentlest: float
     probes: int
     integer: bool
     base: Attempt
+
+    def attempt(self, value: float) -> Attempt:
+        """The base attempt with the knob at `value` (a whole number for integer knobs)."""
+        turned = round(value) if self.integer else value
+        return Attempt(
+            overrides={self.knob: turned}, config=_with(self.base.config, self.path, turned), code=self.base.code
+        )
+
+
+def _with(config: dict[str, Any], path: tuple[str, ...], value: float) -> dict[str, Any]:
+    inner = value if len(path) == 1 else _with(config[path[0]], path[1:], value)
+    return {**config, path[0]: inner}
 
 
 class Step(Value):

@@ -1,0 +1,190 @@
+"""The plan: every section parsed by its owner, every demand and need checked, before anything expensive starts.
+
+All findings are reported together. The plan itself is cached by the digest of the merged spec, the target's page, the
+code, the libraries' versions and the marks of the data files, all computed without importing a stage, so an unchanged
+spec is planned without torch.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.core.canonical import derive_seed, digest
+from pipeline.core.errors import BadInput, SpecError, nearest
+from pipeline.core.gate import Budget, Limit
+from pipeline.core.spec import SECTIONS, Draft, Spec
+from pipeline.core.stage import ORDER
+from pipeline.core.target import Target
+from pipeline.engine import fingerprint, pages, sections
+from pipeline.engine.step import Plan, Step
+
+_LIBRARIES = ("torch", "numpy", "onnx", "onnxruntime", "torch-pruning", "torchvision", "safetensors", "pydantic")
+
+
+def plan(draft: Draft, target: str | None, runs: Path, data_root: Path) -> Plan:
+    """Raises `SpecError` with every finding at once, `BadInput` for what lies outside the spec (data, installation)."""
+    data = dict(draft.data)
+    if target is not None:
+        data["target"] = target
+    findings = _shape(draft, data)
+    if findings:
+        raise SpecError(findings)
+    page = pages.target(str(data.get("target", "reference")))
+    memo = runs / "store" / "plans" / f"{_memo_key(data, page, data_root)}.json"
+    return _remembered(memo) or _fresh(Draft(data, draft.places), page, runs, data_root, memo)
+
+
+def _shape(draft: Draft, data: Mapping[str, Any]) -> list[str]:
+    """Findings about the top level: unknown sections and stages, and tables where tables belong."""
+    findings = [f"{draft.where((k,))}: unknown key{nearest(k, SECTIONS)}" for k in data if k not in SECTIONS]
+    if "task" not in data:
+        findings.append('task: missing; expected a section such as [task] with data = "mnist" and a threat')
+    for section in ("task", "stages", "budget", "regression"):
+        if not isinstance(data.get(section, {}), Mapping):
+            findings.append(f"{draft.where((section,))}: expected a table, got {data[section]!r}")
+            continue
+        if section == "task":
+            continue
+        for name, value in data.get(section, {}).items():
+            wanted = Mapping if section == "stages" else list
+            if name not in ORDER:
+                findings.append(f"{draft.where((section, name))}: unknown stage{nearest(name, ORDER)}")
+            elif not isinstance(value, wanted):
+                kind = "a table" if section == "stages" else f"tables, [[{section}.{name}]]"
+                findings.append(f"{draft.where((section, name))}: expected {kind}, got {value!r}")
+    return findings
+
+
+def _memo_key(data: Mapping[str, Any], page: Target, data_root: Path) -> str:
+    try:
+        versions = fingerprint.versions((*_LIBRARIES, *page.needs))
+        return digest(["plan", data, page.dump(), fingerprint.tree_digest(), versions, str(data_root.resolve())])
+    except (TypeError, ValueError) as error:
+        raise SpecError(
+            [f"the spec holds a value that JSON cannot ({error}); dates, NaN and infinity are not used"]
+        ) from None
+
+
+def _remembered(memo: Path) -> Plan | None:
+    try:
+        stored = json.loads(memo.read_text(encoding="utf-8"))
+        if fingerprint.marks(stored["files"]) != stored["files"]:
+            return None
+        return Plan.load(stored["plan"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remember(memo: Path, plan_: Plan, files: Sequence[Path]) -> None:
+    marks = fingerprint.marks(str(path) for path in files)
+    part = memo.with_name(f"{memo.name}.{os.getpid()}")
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps({"files": marks, "plan": plan_.dump()}), encoding="utf-8")
+        part.replace(memo)
+    except OSError as error:
+        raise BadInput(
+            f"{memo.parent}: cannot be written: {error.strerror}; choose another place with --runs"
+        ) from None
+
+
+def _fresh(draft: Draft, page: Target, runs: Path, data_root: Path, memo: Path) -> Plan:
+    data = draft.data
+    findings: list[str] = []
+    task_type = sections.task_type()
+    task = sections.parsed(task_type, data["task"], ("task",), draft, findings)
+    budgets = {kind: _budgets(data.get(kind, {}), kind, draft, findings) for kind in ("budget", "regression")}
+    budget = {name: _over(page.budget.get(name, ()), budgets["budget"].get(name, ())) for name in ORDER}
+    stages = {name: pages.under(page.sections, name, data.get("stages", {}).get(name, {})) for name in ORDER}
+    task_dump = {} if task is None else task.model_dump(mode="json")
+    planned = []
+    for name in ORDER:
+        section = sections.plan_section(name, stages[name], task, task_dump, draft, findings)
+        if section is not None:
+            planned.append(section)
+    if len(planned) == len(ORDER):
+        findings += _unmeasured(budget, budgets["regression"], planned, draft)
+    missing = [name for name, version in fingerprint.versions(page.needs).items() if version == "absent"]
+    findings += [f'target {page.name} needs "{name}", which is not installed; `pip install {name}`' for name in missing]
+    spec = _spec({**data, "task": task_dump, "stages": stages}, {**budgets, "budget": budget}, page, draft, findings)
+    if findings or spec is None or task is None:
+        raise SpecError(findings)
+    files = sections.data_files(task, data_root)
+    steps = tuple(
+        Step(
+            name=section.name,
+            module=f"stages.{section.name}",
+            attempts=section.attempts,
+            bisect=section.bisect,
+            budget=budget[section.name],
+            libraries=section.libraries,
+            seed=derive_seed(spec.seed, section.name),
+            timeout_seconds=section.timeout_seconds,
+            procs=section.procs,
+        )
+        for section in planned
+    )
+    made = Plan(
+        spec=spec,
+        spec_digest=digest(spec.dump()),
+        data_digest=fingerprint.data_digest(files, data_root, runs / "store" / "data.json"),
+        steps=steps,
+    )
+    _remember(memo, made, files)
+    return made
+
+
+def _budgets(tables: Mapping[str, Any], kind: str, draft: Draft, findings: list[str]) -> dict[str, Budget]:
+    found = {}
+    for name, rows in tables.items():
+        limits = [sections.parsed(Limit, row, (kind, name), draft, findings) for row in rows]
+        found[name] = tuple(limit for limit in limits if limit is not None)
+    return found
+
+
+def _over(defaults: Budget, own: Budget) -> Budget:
+    """A limit of the spec on the same metric replaces the target's."""
+    named = {limit.metric for limit in own}
+    return (*(limit for limit in defaults if limit.metric not in named), *own)
+
+
+def _unmeasured(
+    budget: Mapping[str, Budget],
+    regression: Mapping[str, Budget],
+    planned: Sequence[sections.Section],
+    draft: Draft,
+) -> list[str]:
+    """Limits on a metric that no run with these configs would measure."""
+    findings: list[str] = []
+    before: set[str] = set()
+    for section in planned:
+        for kind, limits in (("budget", budget[section.name]), ("regression", regression.get(section.name, ()))):
+            for limit in limits:
+                at = draft.where((kind, section.name))
+                if limit.metric not in section.measures:
+                    hint = nearest(limit.metric, section.measures)
+                    findings.append(f'{at}: {section.name} does not measure "{limit.metric}" with this config{hint}')
+                elif kind == "budget" and limit.max_loss is not None and limit.metric not in before:
+                    findings.append(f"{at}: max_loss on {limit.metric}: no earlier stage measures it to compare with")
+        before |= section.measures
+    return findings
+
+
+def _spec(
+    data: Mapping[str, Any],
+    budgets: Mapping[str, Mapping[str, Budget]],
+    page: Target,
+    draft: Draft,
+    findings: list[str],
+) -> Spec | None:
+    fields = {key: value for key, value in data.items() if key not in ("preset", "budget", "regression")}
+    limits = {kind: {name: [x.dump() for x in b] for name, b in by.items() if b} for kind, by in budgets.items()}
+    try:
+        return Spec.load({**fields, **limits, "target": page.name})
+    except ValidationError as error:
+        findings += sections.sentences(error, Spec, (), draft)
+        return None

@@ -1,0 +1,174 @@
+"""One section of a spec, parsed by its owner, into the attempts a step will run."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.core.errors import BadInput, nearest
+from pipeline.core.spec import At, Draft
+from pipeline.engine import fingerprint, pages
+from pipeline.engine.step import Attempt, Bisect
+
+M = TypeVar("M", bound=BaseModel)
+_ENGINE_KEYS = ("attempts", "timeout_seconds", "procs")
+_BISECT_KEYS = ("bisect", "from", "to", "probes")
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """What the planner knows of one stage once its section parsed."""
+
+    name: str
+    attempts: tuple[Attempt, ...]
+    bisect: Bisect | None
+    measures: frozenset[str]
+    libraries: dict[str, str]
+    timeout_seconds: float | None
+    procs: int
+
+
+def task_type() -> type[BaseModel]:
+    found: type[BaseModel] = importlib.import_module("stages.task").Task
+    return found
+
+
+def data_files(task: Any, root: Path) -> tuple[Path, ...]:
+    """Raises `BadInput` naming the first data file that is missing."""
+    try:
+        files: tuple[Path, ...] = task.files(root)
+    except (ValueError, OSError) as error:
+        raise BadInput(f"task.data: {error}") from None
+    return files
+
+
+def plan_section(
+    name: str, table: Mapping[str, Any], task: Any, task_dump: Mapping[str, Any], draft: Draft, findings: list[str]
+) -> Section | None:
+    """Parse a stage's section and every attempt in it; findings are appended, None means there were some."""
+    module = pages.stage(name)
+    at = ("stages", name)
+    before = len(findings)
+    base = {key: value for key, value in table.items() if key not in _ENGINE_KEYS}
+    engine = _engine_keys(table, at, draft, findings)
+    overrides, knob = _attempts(table.get("attempts"), at, draft, findings)
+    modules = [
+        f"stages.{name}",
+        "stages.task",
+        *(m for f in getattr(module, "READS", ()) for m in fingerprint.folder_modules(f)),
+    ]
+    attempts, measures = [], frozenset[str]()
+    for number, over in enumerate(overrides):
+        where = (*at, "attempts") if over else at
+        config = parsed(module.Config, {**base, **over}, where, draft, findings)
+        if config is None:
+            if number == 0 and not over:
+                break
+            continue
+        code = fingerprint.code_digest([*modules, *method_modules(config), *method_modules(task)])
+        attempts.append(Attempt(overrides=over, config=config.model_dump(mode="json"), code=code))
+        measures |= module.measures(config, task_dump)
+    if len(findings) > before:
+        return None
+    bisect = None
+    if knob is not None:
+        path = _turned(attempts[0].config, attempts[1].config)
+        bisect = Bisect(**knob, path=path, base=attempts[0])
+        attempts = []
+    return Section(
+        name=name,
+        attempts=tuple(attempts),
+        bisect=bisect,
+        measures=measures,
+        libraries=fingerprint.versions(module.LIBRARIES),
+        **engine,
+    )
+
+
+def parsed(owner: type[M], table: object, at: At, draft: Draft, findings: list[str]) -> M | None:
+    """The table as a value of its owner; sentences about everything that does not fit are appended."""
+    try:
+        return owner.model_validate(table)
+    except ValidationError as error:
+        findings += sentences(error, owner, at, draft)
+    except ValueError as error:
+        findings.append(f"{draft.where(at)}: {error}")
+    return None
+
+
+def sentences(error: ValidationError, owner: type[BaseModel], at: At, draft: Draft) -> list[str]:
+    """One sentence per finding: place, what was expected, what came, and the nearest name for an unknown key."""
+    found = []
+    for detail in error.errors(include_url=False, include_context=False):
+        loc = tuple(str(part) for part in detail["loc"])
+        place = draft.where((*at, *loc))
+        if detail["type"] == "extra_forbidden":
+            found.append(f"{place}: unknown key{nearest(loc[-1], owner.model_fields)}")
+        elif detail["type"] == "missing":
+            found.append(f"{place}: missing")
+        else:
+            message = detail["msg"].removeprefix("Value error, ")
+            got = detail["input"]
+            shown = "" if isinstance(got, Mapping) or repr(got) in message else f"; got {got!r:.80}"
+            found.append(f"{place}: {message}{shown}")
+    return list(dict.fromkeys(found))
+
+
+def method_modules(value: object) -> list[str]:
+    """Modules of every value inside a config that was written elsewhere (methods, and values they hold)."""
+    if isinstance(value, BaseModel):
+        inner = [m for name in type(value).model_fields for m in method_modules(getattr(value, name))]
+        return [type(value).__module__, *inner]
+    if isinstance(value, Mapping):
+        return [m for item in value.values() for m in method_modules(item)]
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [m for item in value for m in method_modules(item)]
+    return []
+
+
+def _turned(boldest: Mapping[str, Any], gentlest: Mapping[str, Any]) -> tuple[str, ...]:
+    """The path of the one leaf in which two full configs differ."""
+    for key, value in boldest.items():
+        if value != gentlest[key]:
+            return (key, *_turned(value, gentlest[key])) if isinstance(value, Mapping) else (key,)
+    return ()
+
+
+def _engine_keys(table: Mapping[str, Any], at: At, draft: Draft, findings: list[str]) -> dict[str, Any]:
+    timeout, procs = table.get("timeout_seconds"), table.get("procs", 1)
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0):
+        findings.append(f"{draft.where((*at, 'timeout_seconds'))}: expected a number above 0, got {timeout!r}")
+        timeout = None
+    if isinstance(procs, bool) or not isinstance(procs, int) or procs < 1:
+        findings.append(f"{draft.where((*at, 'procs'))}: expected a whole number of at least 1, got {procs!r}")
+        procs = 1
+    return {"timeout_seconds": timeout, "procs": procs}
+
+
+def _attempts(
+    value: object, at: At, draft: Draft, findings: list[str]
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The overrides to try, and the knob to bisect if one is asked for (its first override is the boldest value)."""
+    where = draft.where((*at, "attempts"))
+    if value is None:
+        return [{}], None
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) and item for item in value):
+        return [dict(item) for item in value], None
+    if isinstance(value, Mapping):
+        unknown = [key for key in value if key not in _BISECT_KEYS]
+        knob, ends = value.get("bisect"), [value.get("from"), value.get("to")]
+        probes = value.get("probes", 5)
+        numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in [*ends, probes])
+        sound = not unknown and numbers and ends[0] != ends[1]
+        if sound and isinstance(knob, str) and isinstance(probes, int) and probes >= 2:
+            integer = all(isinstance(x, int) for x in ends)
+            bisect = {"knob": knob, "boldest": ends[0], "gentlest": ends[1], "probes": probes, "integer": integer}
+            return [{knob: ends[0]}, {knob: ends[1]}], bisect
+    findings.append(
+        f"{where}: expected a list of overrides such as [{{ ratio = 0.75 }}, {{ ratio = 0.5 }}], or "
+        f'{{ bisect = "ratio", from = 0.9, to = 0.1, probes = 5 }} with at least 2 probes; got {value!r:.80}'
+    )
+    return [{}], None
