@@ -1,0 +1,66 @@
+"""What attacks climb: cross-entropy, margin and DLR per example, in float32 whatever precision the network ran in."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.attacks.base import Logits
+
+Loss = Literal["ce", "margin", "dlr"]
+
+_DLR_CLASSES = 4
+_TINY = 1e-12
+
+
+def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    """-log softmax(z)_y, [B]. Its gradient vanishes where the true class leads by about 100 or more."""
+    loss: Tensor = F.cross_entropy(z.float(), y, reduction="none")
+    return loss
+
+
+def margin(z: Tensor, y: Tensor) -> Tensor:
+    """max_{k != y} z_k - z_y, [B]; positive where the answer is wrong. The lead of the true class is its negative."""
+    z = z.float()
+    true = z.gather(1, y.unsqueeze(1)).squeeze(1)
+    rest = z.scatter(1, y.unsqueeze(1), float("-inf"))
+    return rest.amax(1) - true
+
+
+def dlr(z: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio, [B]: (max_{k != y} z_k - z_y) / (z_(1) - z_(3)), z_(i) the i-th largest logit.
+
+    Unlike cross-entropy it does not change when all logits are scaled. With fewer than four classes the third logit is
+    the last one or missing, and the ratio says little: `margin` is returned instead, which such nets share the
+    direction of ascent with.
+
+    Source: Croce and Hein 2020, equation 6.
+    """
+    if z.shape[1] < _DLR_CLASSES:
+        return margin(z, y)
+    top = z.float().topk(3, dim=1).values
+    return margin(z, y) / (top[:, 0] - top[:, 2] + _TINY)
+
+
+def per_example(loss: Loss, z: Tensor, y: Tensor) -> Tensor:
+    """The named loss, [B] float32."""
+    return {"ce": cross_entropy, "margin": margin, "dlr": dlr}[loss](z, y)
+
+
+def gradient(logits: Logits, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [B, K], loss [B] and its gradient in x, detached. Differentiates in x alone; weights keep no gradient.
+
+    Losses are summed, not averaged, so that an example's gradient does not depend on the batch it is in. Where no
+    differentiable path leads from x to the logits, the gradient is zero: attacks then stand still, and the validity
+    checks report the share of such examples.
+    """
+    with torch.enable_grad():
+        point = x.detach().requires_grad_(True)
+        z = logits(point)
+        with torch.autocast(x.device.type, enabled=False):
+            losses = per_example(loss, z, y)
+        if not losses.requires_grad:
+            return z.detach(), losses.detach(), torch.zeros_like(x)
+        (slope,) = torch.autograd.grad(losses.sum(), point, allow_unused=True)
+    return z.detach(), losses.detach(), torch.zeros_like(x) if slope is None else slope.detach()
