@@ -79,8 +79,13 @@ def load(folder: str, base: type[T], data: object) -> T:
         data = {"kind": data}
     if not isinstance(data, Mapping) or not isinstance(data.get("kind"), str):
         raise InputError(f'expected a name or a table with "kind", got {data!r}; there is {", ".join(names(folder))}')
-    module = importlib.import_module(module_of(folder, data["kind"]))
-    return _only_method(module, base).load({key: value for key, value in data.items() if key != "kind"})
+    method = type_of(folder, base, data["kind"])
+    return method.load({key: value for key, value in data.items() if key != "kind"})
+
+
+def type_of(folder: str, base: type[T], kind: str) -> type[T]:
+    """The class behind a name, imported. Raises `InputError` with the nearest name."""
+    return _only_method(importlib.import_module(module_of(folder, kind)), base)
 
 
 def polymorphic(folder: str, base: type[Method]) -> tuple[BeforeValidator, PlainSerializer]:
