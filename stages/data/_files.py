@@ -1,5 +1,6 @@
 """Opening what the user has on disk: every failure is one sentence that names the file."""
 
+import gzip
 import hashlib
 import zipfile
 import zlib
@@ -11,8 +12,11 @@ from numpy.typing import NDArray
 
 from stages.method import InputError
 
+PLACE = "data lies under --data-root, else TEMPER_DATA, else ./data"
+LOOK_ALIKE = "fetch the file again, or set original = false for other images in the same format"
 
-def present(paths: Iterable[Path], hint: str) -> tuple[Path, ...]:
+
+def present(paths: Iterable[Path], hint: str = PLACE) -> tuple[Path, ...]:
     """The paths, each one an existing file; raises `InputError` naming the first that is not."""
     found = tuple(paths)
     for path in found:
@@ -30,24 +34,34 @@ def content(path: Path) -> bytes:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def expect(path: Path, data: bytes, algorithm: str, digest: str, hint: str) -> None:
+def unzipped(path: Path) -> bytes:
+    """A file's bytes, without the gzip around them if there is one."""
+    data = content(path)
+    if data[:2] != b"\x1f\x8b":
+        return data
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: corrupt or truncated gzip: {error}; fetch the file again") from error
+
+
+def expect(path: Path, data: bytes | memoryview, algorithm: str, digest: str, hint: str = LOOK_ALIKE) -> None:
     """Raises `InputError` where `data`, the content of `path`, has another digest than the known one."""
     got = hashlib.new(algorithm, data, usedforsecurity=False).hexdigest()
     if got != digest:
-        raise InputError(f"{path}: corrupt: expected {algorithm} {digest}, got {got}; {hint}")
+        raise InputError(f"{path}: corrupt or another file: expected {algorithm} {digest}, got {got}; {hint}")
 
 
-def arrays(path: Path, wanted: Iterable[str] | None = None) -> dict[str, NDArray[np.generic]]:
-    """The arrays of a .npz, read without pickling; `wanted` are read where present, None reads all.
-
-    Raises `InputError` where the file is not an archive of plain arrays, or is damaged.
-    """
+def arrays(path: Path) -> dict[str, NDArray[np.generic]]:
+    """All arrays of a .npz, read without unpickling. Raises `InputError` where they are not plain, or are damaged."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{path}: expected a .npz archive of arrays, got a single array")
-            return {name: archive[name] for name in archive.files if wanted is None or name in set(wanted)}
+                raise InputError(f"{path}: expected a .npz archive of named arrays, got something else")
+            return {name: archive[name] for name in archive.files}
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except InputError:
+        raise
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not a readable .npz of plain arrays: {error}") from error
