@@ -1,0 +1,1 @@
+"""A line of five tiny stages without machine learning: real files, real scratch, deliberate pauses and faults."""
