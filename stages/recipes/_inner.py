@@ -1,56 +1,58 @@
 """The inner maximisation that recipes share: fixed steps, no early leaving, and no trace left in the network."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from stages.evaluate import frozen
 from stages.threat import Threat
 
-
-@contextmanager
-def still(net: nn.Module) -> Iterator[None]:
-    """`net` in eval mode inside, every module's own flag as before outside; batch-norm statistics do not move."""
-    flags = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
+Surrogate = Callable[[Tensor], Tensor]
+"""[B, C, H, W] -> [B], to be maximised; no example's value depends on another example."""
 
 
-def maximise(
-    surrogate: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, threat: Threat, steps: int, size: float
-) -> Tensor:
-    """x_{t+1} = Pi(x_t + size * ascent direction of `surrogate`), from `start`, within the threat around x.
+def maximise(surrogate: Surrogate, x: Tensor, start: Tensor, threat: Threat, steps: int, length: float) -> Tensor:
+    """x_{t+1} = project(x_t + length * steepest direction of `surrogate`), from `start`, within the threat around x.
 
-    `surrogate` [B, C, H, W] -> [B]; its examples must not depend on each other. Returns a tensor without history.
+    `length` in pixel units of the threat's norm. Returns a tensor without history.
     """
     x_adv = start.detach()
     for _ in range(steps):
-        x_adv = threat.project(threat.ascend(x_adv, gradient(surrogate, x_adv), size), x).detach()
+        x_adv = threat.project(threat.ascend(x_adv, slope(surrogate, x_adv), length), x)
     return x_adv
 
 
-def gradient(surrogate: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Gradient of the sum of `surrogate` at x; parameters receive none."""
+def slope(surrogate: Surrogate, x: Tensor) -> Tensor:
+    """Gradient of `surrogate` at x, example by example; parameters receive none."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         (grad,) = torch.autograd.grad(surrogate(x).sum(), x)
     return grad
 
 
-def pgd(net: nn.Module, x: Tensor, y: Tensor, threat: Threat, rng: Generator, steps: int, size: float) -> Tensor:
-    """Cross-entropy PGD from a uniform start, `net` in eval mode; `size` in pixel units."""
-    with still(net):
-        return maximise(
-            lambda x_adv: F.cross_entropy(net(x_adv), y, reduction="none"),
-            x,
-            threat.random(x, rng),
-            threat,
-            steps,
-            size,
-        )
+def cross_entropy(net: nn.Module, y: Tensor) -> Surrogate:
+    """CE(f(x), y), one value per example."""
+    return lambda x: F.cross_entropy(net(x), y, reduction="none")
+
+
+def pgd(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    rng: Generator,
+    steps: int = 10,
+    step: float = 0.25,
+    start: str = "uniform",
+) -> Tensor:
+    """Cross-entropy PGD with `net` in eval mode; `step` as a share of eps, `start` "uniform" in the ball or "zero"."""
+    begin = threat.random(x, rng) if start == "uniform" else x
+    with frozen(net):
+        return maximise(cross_entropy(net, y), x, begin, threat, steps, step * threat.eps)
+
+
+def hits(logits: Tensor, y: Tensor) -> Tensor:
+    """Share of right answers, as a scalar to log."""
+    return (logits.detach().argmax(1) == y).float().mean()

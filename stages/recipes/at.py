@@ -16,7 +16,7 @@ class AdversarialTraining(Recipe):
     """L = CE(f(x'), y), where x' comes from `steps` PGD steps on the cross-entropy.
 
     `step` is the length of one step as a share of eps (0.25 is the customary 2/255 at eps 8/255); `start` is a uniform
-    point of the ball or x itself.
+    point of the ball, or x itself ("zero").
     Source: Madry et al. 2018, equation 2.1. Departure: the attack sees the network in eval mode, as Pang et al. 2021
     recommend, where the original attacks in train mode.
     """
@@ -29,15 +29,6 @@ class AdversarialTraining(Recipe):
         self, net: nn.Module, x: Tensor, y: Tensor, threat: Threat, rng: Generator, progress: float
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         del progress
-        start = threat.random(x, rng) if self.start == "uniform" else x
-        with _inner.still(net):
-            x_adv = _inner.maximise(
-                lambda z: F.cross_entropy(net(z), y, reduction="none"),
-                x,
-                start,
-                threat,
-                self.steps,
-                self.step * threat.eps,
-            )
+        x_adv = _inner.pgd(net, x, y, threat, rng, self.steps, self.step, self.start)
         logits = net(x_adv)
-        return F.cross_entropy(logits, y), {"accuracy.train": (logits.argmax(1) == y).float().mean()}
+        return F.cross_entropy(logits, y), {"accuracy.train": _inner.hits(logits, y)}
