@@ -39,6 +39,7 @@ class GDWSConv(nn.Module):
     pointwise: nn.Parameter
     bias: nn.Parameter | None
     channels: Tensor
+    nothing: Tensor
 
     def __init__(self, dense: nn.Conv2d, channels: Sequence[int] | Tensor, form: Form = "gather") -> None:
         super().__init__()
@@ -52,6 +53,7 @@ class GDWSConv(nn.Module):
                 f"got {int(atoms.min())}..{int(atoms.max())}"
             )
         self.form = form
+        self._atoms = atoms.numel()
         self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
         self.kernel_size, self.stride, self.dilation = dense.kernel_size, dense.stride, dense.dilation
         self.padding, self.padding_mode = dense.padding, dense.padding_mode
@@ -62,6 +64,8 @@ class GDWSConv(nn.Module):
         self.bias = None if dense.bias is None else nn.Parameter(torch.zeros_like(dense.bias))
         # Indices are not persistent: the rewrite that rebuilds this layer carries the list.
         self.register_buffer("channels", atoms.to(dense.weight.device), persistent=False)
+        if not atoms.numel():
+            self.register_buffer("nothing", zeros(dense.out_channels, 1, *dense.kernel_size), persistent=False)
         self._branches = _levels(atoms.tolist()) if form != "gather" else [list(range(atoms.numel()))]
         for k, branch in enumerate(self._branches):
             self._index(f"atoms{k}", branch, atoms.numel())
@@ -76,7 +80,7 @@ class GDWSConv(nn.Module):
         pads: str | int | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
             x, pads = F.pad(x, self._pads, mode=self.padding_mode), 0
-        if self.channels.numel() == 0:
+        if not self._atoms:
             return self._constant(x, pads)
         branches, columns = [], []
         for k in range(len(self._branches)):
@@ -93,13 +97,12 @@ class GDWSConv(nn.Module):
 
     def _constant(self, x: Tensor, pads: str | int | tuple[int, ...]) -> Tensor:
         # A zero kernel on one channel gives the output's height and width, and keeps the gradient defined.
-        zero = F.conv2d(x[:, :1], x.new_zeros(1, 1, *self.kernel_size), None, self.stride, pads, self.dilation)
-        if self.bias is None:
-            return zero.expand(-1, self.out_channels, -1, -1)
-        return zero + self.bias.view(1, -1, 1, 1)
+        nothing = F.conv2d(x[:, :1], self.nothing[:1], None, self.stride, pads, self.dilation)
+        bias = self.nothing[:, :1, :1, :1] if self.bias is None else self.bias.view(-1, 1, 1, 1)
+        return nothing + bias.transpose(0, 1)
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, kernels={self.channels.numel()}, form={self.form}"
+        return f"{self.in_channels}, {self.out_channels}, kernels={self._atoms}, form={self.form}"
 
 
 def like(old: nn.Module, channels: Sequence[int], form: Form = "gather") -> GDWSConv:
