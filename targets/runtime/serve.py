@@ -1,0 +1,121 @@
+"""`serve BUNDLE`: HTTP with FastAPI and uvicorn. POST /predict, GET /health, GET /manifest.
+
+    curl --data-binary @images.npy http://127.0.0.1:8000/predict
+    {"classes": [3], "labels": ["three"], "margins": [4.1]}
+
+Bodies: a `.npy` file, a PNG or JPEG of the network's own size, or raw float32 or uint8 (`X-Dtype`, `X-Shape`).
+Bad input is answered 4xx with {"error": ...}: 413 too large, 422 anything else that cannot be predicted.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from targets.runtime.body import decode
+from targets.runtime.errors import BadImages, MissingRuntime
+from targets.runtime.predictor import Predictor, decide, open_bundle
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+MAX_BYTES = 64 << 20
+# Requests beyond this many at once are answered 503 by the server, so that a burst cannot take all the memory.
+MAX_REQUESTS = 32
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, help="a bundle, or the folder of the run that made it")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="port (default 8000; 0 takes a free one)")
+    parser.add_argument("--threads", type=int, default=1, help="threads inside one operator (default 1)")
+    parser.add_argument(
+        "--runtime", choices=("auto", "cpu", "onnxruntime", "tensorrt"), default="auto", help="what computes the logits"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until interrupted. A bundle that is not as recorded raises `BundleError` (status 2) before it listens."""
+    predictor = open_bundle(args.bundle, verify=True, threads=args.threads, runtime=args.runtime)
+    app = make_app(predictor)
+    import uvicorn
+
+    bundle = predictor.bundle
+    sys.stderr.write(f"serving {bundle.name} for {bundle.target}: {bundle.model} on {predictor.provider}\n")
+    for metric in bundle.still_owed():
+        sys.stderr.write(f"limit owed on the device: {metric}; run `finish` there\n")
+    if predictor.provider not in (bundle.provider, "TensorRT"):
+        sys.stderr.write(f"{bundle.provider} does not work here; the processor computes\n")
+    sys.stderr.flush()
+    config = uvicorn.Config(
+        app, host=args.host, port=args.port, log_level="info", access_log=False, limit_concurrency=MAX_REQUESTS
+    )
+    server = uvicorn.Server(config)
+    server.run()
+    return 0 if server.started else 2
+
+
+def make_app(predictor: Predictor, max_bytes: int = MAX_BYTES) -> "FastAPI":
+    """The application around an open predictor. Raises `MissingRuntime` without FastAPI."""
+    try:
+        import uvicorn  # noqa: F401  without it the application could be made and not served
+        from fastapi import FastAPI, Request
+        from fastapi.responses import JSONResponse
+        from starlette.concurrency import run_in_threadpool
+    except ImportError as error:
+        raise MissingRuntime(f'serve needs {error.name}; `pip install "temper-edge[serve]"`') from error
+
+    import threading
+
+    bundle = predictor.bundle
+    # One engine call at a time: its threads are already `threads`, and a TensorRT context is not thread-safe.
+    turn = threading.Lock()
+    # No interactive pages: they load scripts from elsewhere, and nothing here reaches for the network.
+    app = FastAPI(title=bundle.name, docs_url=None, redoc_url=None, openapi_url=None)
+
+    def answer(body: bytes, headers: dict[str, str]) -> dict[str, Any]:
+        images = decode(body, headers, bundle.shape)
+        with turn:
+            logits = predictor(images)
+        classes, margins = decide(logits)
+        return {
+            "classes": classes.tolist(),
+            "labels": [bundle.labels[i] for i in classes],
+            "margins": [round(float(m), 6) for m in margins],
+        }
+
+    async def predict(request: Request) -> JSONResponse:
+        length = request.headers.get("content-length", "")
+        body = bytearray()
+        if length.isdecimal() and int(length) > max_bytes:
+            return too_large()
+        async for piece in request.stream():
+            body += piece
+            if len(body) > max_bytes:
+                return too_large()
+        try:
+            return JSONResponse(await run_in_threadpool(answer, bytes(body), dict(request.headers)))
+        except BadImages as error:
+            return JSONResponse({"error": str(error)}, status_code=422)
+
+    def too_large() -> JSONResponse:
+        return JSONResponse({"error": f"body: at most {max_bytes} bytes are taken at once"}, status_code=413)
+
+    def health() -> JSONResponse:
+        return JSONResponse(
+            {
+                "status": "ok",
+                "name": bundle.name,
+                "target": bundle.target,
+                "provider": predictor.provider,
+                "owed": list(bundle.still_owed()),
+            }
+        )
+
+    def manifest() -> JSONResponse:
+        return JSONResponse(dict(bundle.manifest))
+
+    app.add_api_route("/predict", predict, methods=["POST"])
+    app.add_api_route("/health", health, methods=["GET"])
+    app.add_api_route("/manifest", manifest, methods=["GET"])
+    return app

@@ -1,0 +1,116 @@
+"""A TensorRT engine as a callable from images to logits, over the CUDA driver alone (ctypes, no other package).
+
+What here needs a GPU was never run in the project's own tests: `Cuda` and `TrtEngine`. They are kept small for that.
+"""
+
+import ctypes
+import subprocess
+import sys
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from targets.runtime.errors import EngineError, MissingRuntime
+from targets.runtime.trt_build import BATCHES, MODULES, installed
+
+Array = npt.NDArray[np.float32]
+_PROBE = "import ctypes, sys; sys.exit(1 if ctypes.CDLL('libcuda.so.1').cuInit(0) else 0)"
+
+
+def driver_answers(timeout: float = 30.0) -> bool:
+    """Whether a CUDA driver is there and starts. Asked in another process: a TensorRT runtime without one crashes."""
+    try:
+        done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def open_engine(plan: bytes, shape: tuple[int, int, int], classes: int) -> "TrtEngine":
+    """Deserialise a plan on this machine's GPU. Raises `MissingRuntime` without TensorRT or a driver."""
+    name = installed()
+    if name is None:
+        raise MissingRuntime(f"TensorRT is not installed ({' or '.join(MODULES)}); or open with runtime='cpu'")
+    if not driver_answers():
+        raise MissingRuntime("no CUDA driver answers on this machine; open with runtime='cpu'")
+    return TrtEngine(import_module(name), plan, Cuda(), shape, classes)
+
+
+class Cuda:
+    """The few calls of the CUDA driver that inference needs, on the primary context of device 0."""
+
+    def __init__(self) -> None:
+        self._lib = ctypes.CDLL("libcuda.so.1")
+        device, self._context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuInit", 0)
+        self._call("cuDeviceGet", ctypes.byref(device), 0)
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+        self.enter()
+        self._call("cuStreamCreate", ctypes.byref(stream), 0)
+        self.stream: int = stream.value or 0
+
+    def enter(self) -> None:
+        """Make the context current in the calling thread; a server calls from many."""
+        self._call("cuCtxSetCurrent", self._context)
+
+    def allocate(self, size: int) -> int:
+        pointer = ctypes.c_uint64()
+        self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size))
+        return pointer.value
+
+    def upload(self, pointer: int, array: Array) -> None:
+        source = ctypes.c_void_p(array.ctypes.data)
+        self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(pointer), source, ctypes.c_size_t(array.nbytes))
+
+    def download(self, array: Array, pointer: int) -> None:
+        target = ctypes.c_void_p(array.ctypes.data)
+        self._call("cuMemcpyDtoH_v2", target, ctypes.c_uint64(pointer), ctypes.c_size_t(array.nbytes))
+
+    def wait(self) -> None:
+        self._call("cuStreamSynchronize", ctypes.c_void_p(self.stream))
+
+    def free_bytes(self) -> int:
+        """Memory that the GPU has left; on Jetson this is the board's own memory."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._lib, name)(*arguments)
+        if status != 0:
+            raise EngineError(f"CUDA driver: {name} failed with status {status}")
+
+
+class TrtEngine:
+    """One execution context with buffers for the largest batch; calls are one after another, not thread-safe."""
+
+    def __init__(self, trt: Any, plan: bytes, cuda: Any, shape: tuple[int, int, int], classes: int) -> None:
+        self._cuda, self._classes, self._largest = cuda, classes, BATCHES[2]
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise EngineError("TensorRT does not take the engine: it fits another GPU or version; run `finish` again")
+        self._context = self._engine.create_execution_context()
+        self._input = cuda.allocate(4 * self._largest * int(np.prod(shape)))
+        self._output = cuda.allocate(4 * self._largest * classes)
+        self._context.set_tensor_address("input", self._input)
+        self._context.set_tensor_address("logits", self._output)
+
+    def __call__(self, images: Array) -> Array:
+        """Float32 [N, C, H, W] -> logits float32 [N, classes], in pieces of the engine's largest batch."""
+        self._cuda.enter()
+        starts = range(0, len(images), self._largest)
+        return np.concatenate([self._piece(images[start : start + self._largest]) for start in starts])
+
+    def _piece(self, images: Array) -> Array:
+        piece = np.ascontiguousarray(images, np.float32)
+        logits = np.empty((len(piece), self._classes), np.float32)
+        self._context.set_input_shape("input", piece.shape)
+        self._cuda.upload(self._input, piece)
+        if not self._context.execute_async_v3(self._cuda.stream):
+            raise EngineError(f"TensorRT failed to run a batch of {len(piece)}")
+        self._cuda.wait()
+        self._cuda.download(logits, self._output)
+        return logits
