@@ -25,6 +25,7 @@ def assemble(folder: Path, record: RunRecord, plan: Plan, store: Store, report: 
     """Write `folder/bundle` from a complete record; returns its path.
 
     The export stage's `bundle/...` files, the report, the record, and the manifest that names every one of them.
+    Pass the record `as_made`: then a build that changes nothing leaves the bundle's bytes as they were.
     Raises `StageFailed` where export gave no contract, `Damaged` where a stored file is not what it was, `BadInput`
     where the disk refuses.
     """
@@ -37,11 +38,21 @@ def assemble(folder: Path, record: RunRecord, plan: Plan, store: Store, report: 
     try:
         with writing(folder):
             _fill(part, shipped, record, plan, store, report)
-            _swap(part, folder / "bundle")
+            if _intact(folder / "bundle", (part / MANIFEST).read_bytes()):
+                remove(part)  # the very bundle that lies there, with what `finish` may have added on this device
+            else:
+                _swap(part, folder / "bundle")
     except BaseException:
         remove(part)
         raise
     return folder / "bundle"
+
+
+def as_made(record: RunRecord) -> RunRecord:
+    """The record without what was reused this time, which says nothing about the artifact."""
+    return record.model_copy(
+        update={"stages": tuple(stage.model_copy(update={"reused": False}) for stage in record.stages)}
+    )
 
 
 def withdraw(folder: Path) -> None:
@@ -119,6 +130,17 @@ def _ship(store: Store, found: str, target: Path) -> None:
     if copied != found:
         store.open({target.name: found})  # sets it aside and raises
         raise Damaged(target.name)  # it has been healed meanwhile; copy again
+
+
+def _intact(bundle: Path, manifest: bytes) -> bool:
+    """Whether the bundle there has this manifest and its files the digests in it."""
+    try:
+        if (bundle / MANIFEST).read_bytes() != manifest:
+            return False
+        files = json.loads(manifest)["files"].items()
+        return all(file_digest(bundle / name) == entry["sha256"] for name, entry in files)
+    except OSError:
+        return False
 
 
 def _swap(new: Path, place: Path) -> None:

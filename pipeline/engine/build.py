@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.core.canonical import canonical
 from pipeline.core.errors import BadInput, GateRefused
 from pipeline.core.record import RunRecord
-from pipeline.engine.assemble import Render, assemble, point, readable, withdraw
+from pipeline.engine.assemble import Render, as_made, assemble, point, readable, withdraw
 from pipeline.engine.disk import remove, write_atomic, writing
 from pipeline.engine.environment import environment
 from pipeline.engine.journal import Journal, Listener
@@ -97,7 +97,9 @@ class _Build:
             if refused is not None:
                 withdraw(self.folder)
                 return Built(record, self.folder, None, refused)
-            bundle = assemble(self.folder, record, self.plan, self.store, texts["report.html"])
+            made = as_made(record)
+            report = self.reports["report.html"](made, files)
+            bundle = assemble(self.folder, made, self.plan, self.store, report)
         return Built(record, self.folder, bundle, None)
 
 

@@ -274,6 +274,8 @@ def _check_version(marker: Path) -> None:
         version = json.loads(marker.read_bytes())["schema_version"]
     except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:
+        raise BadInput(f"{marker}: cannot be read: {error.strerror}; give another folder with --runs") from None
     except (ValueError, TypeError, KeyError):
         version = None
     if not isinstance(version, int):

@@ -1,0 +1,92 @@
+"""`build`: run the line for a target, from spec to bundle."""
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.cli.options import draft_of, line_options, roots
+from pipeline.cli.summary import summary
+from pipeline.cli.ui import screen
+from pipeline.core.errors import PASSED
+from pipeline.core.record import RunRecord
+from pipeline.engine.build import Built, build
+from pipeline.engine.plan import plan
+
+_WIDEST = 120
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    line_options(parser)
+    run_options(parser)
+
+
+def run_options(parser: argparse.ArgumentParser) -> None:
+    """--device, --threads, --quiet: how to run; none of them is in a cache key."""
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--threads", type=_threads, metavar="N", help="threads for computing (default: all cores)")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only warnings and the summary")
+
+
+def run(args: argparse.Namespace) -> int:
+    built = execute(args)
+    print(summary(built, min(shutil.get_terminal_size((100, 24)).columns, _WIDEST)))
+    if built.refused is None:
+        return PASSED
+    print(f"temper: {built.refused}", file=sys.stderr)
+    return built.refused.status
+
+
+def execute(args: argparse.Namespace) -> Built:
+    """Plan and build as the options say; `ci` does the same before it compares."""
+    if args.threads is not None:
+        # Read by the numerical libraries when they are first imported, which nothing did so far.
+        os.environ.update(dict.fromkeys(_THREADS, str(args.threads)))
+    runs, data_root = roots(args)
+    with _interruptible():
+        made = plan(draft_of(args), args.target, runs, data_root)
+        with screen(args.quiet) as listener:
+            reports = {"report.html": _html, "report.md": _markdown}
+            return build(made, runs, data_root, reports, args.device, (listener,))
+
+
+def _html(record: RunRecord, files: Mapping[str, Path]) -> str:
+    from pipeline.report import html
+    from pipeline.report.view import view
+
+    return html.render(view(record, files))
+
+
+def _markdown(record: RunRecord, files: Mapping[str, Path]) -> str:
+    from pipeline.report import markdown
+    from pipeline.report.view import view
+
+    return markdown.render(view(record, files))
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Be told to stop (SIGTERM: a time limit, a shutdown) as by Ctrl-C: in order, and without a traceback."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _device(text: str) -> str:
+    if re.fullmatch(r"cpu|cuda(:\d+)?", text) is None:
+        raise argparse.ArgumentTypeError(f'expected cpu, cuda or cuda:N, got "{text}"')
+    return text
+
+
+def _threads(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'expected a whole number of at least 1, got "{text}"')
+    return int(text)
