@@ -46,6 +46,15 @@ def pixels(path: Path, size: int | None = None) -> NDArray[np.uint8]:
     return array[:, :, None] if array.ndim == 2 else array
 
 
+def dimensions(path: Path) -> tuple[int, int]:
+    """(width, height), read off the file's header. Raises `InputError` where it is no picture."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path}: not a readable picture ({', '.join(FORMATS)}): {error}") from error
+
+
 def tiles(path: Path, rows: int, columns: int, side: int) -> NDArray[np.uint8]:
     """uint8 [rows * columns, 3, side, side]: the tiles of one RGB sheet, row by row."""
     sheet = pixels(path)
