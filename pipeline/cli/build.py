@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from pipeline.core.errors import PASSED
 from pipeline.core.record import RunRecord
 from pipeline.engine.build import Built, build
 from pipeline.engine.plan import plan
+from pipeline.engine.step import Plan
 
 _WIDEST = 120
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -43,14 +44,15 @@ def run(args: argparse.Namespace) -> int:
     return built.refused.status
 
 
-def execute(args: argparse.Namespace) -> Built:
-    """Plan and build as the options say; `ci` does the same before it compares."""
+def execute(args: argparse.Namespace, approve: Callable[[Plan], None] = lambda _: None) -> Built:
+    """Plan and build as the options say; `approve` may refuse the plan by raising, before anything is built."""
     if args.threads is not None:
         # Read by the numerical libraries when they are first imported, which nothing did so far.
         os.environ.update(dict.fromkeys(_THREADS, str(args.threads)))
     runs, data_root = roots(args)
     with _interruptible():
         made = plan(draft_of(args), args.target, runs, data_root)
+        approve(made)
         with screen(args.quiet) as listener:
             reports = {"report.html": _html, "report.md": _markdown}
             return build(made, runs, data_root, reports, args.device, (listener,))

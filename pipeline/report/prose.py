@@ -130,7 +130,9 @@ def meaning(
 def _strength(attacks: Sequence[Mapping[str, Any]]) -> str:
     """Standard is claimed only where every attack that was run says so itself."""
     rule = '"Standard" means the reference settings of the published attack; anything lighter is called quick. '
-    if attacks and all(row.get("standard") is True or row.get("strength") == "standard" for row in attacks):
+    if not attacks:
+        return rule + "Take an attack for quick unless the record says that its settings were the standard ones."
+    if all(row.get("standard") is True or row.get("strength") == "standard" for row in attacks):
         return rule + "Every attack in this run had its standard settings."
     return rule + (
         "Attacks in this run were quick ones: good for telling two builds apart, too weak for a claim beside published "
