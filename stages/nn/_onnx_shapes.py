@@ -1,0 +1,148 @@
+"""The operators that move values about, as torch functions of (attributes, inputs); the names are those of ONNX.
+
+Integers of 64 bits are shapes and indices: they live on the CPU, whatever the device of the network.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stages.nn._onnx_values import Attributes
+
+_PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
+# Half precision is computed in single precision on half-precision values, as onnxruntime does on a CPU.
+_TYPES = {1: torch.float32, 6: torch.int32, 7: torch.int64, 9: torch.bool, 11: torch.float64}
+_HALVES = {10: torch.float16, 16: torch.bfloat16}
+
+
+def castable(number: int) -> bool:
+    """Is there a twin of a cast to this ONNX type?"""
+    return number in _TYPES or number in _HALVES
+
+
+def cast(a: Attributes, x: Tensor) -> Tensor:
+    if a["to"] in _HALVES:
+        # Straight through: a gradient cast to half precision would underflow to zero.
+        return x.float() + (x.to(_HALVES[a["to"]]).float() - x.float()).detach()
+    return x.to(_TYPES[a["to"]])
+
+
+def shape(a: Attributes, x: Tensor) -> Tensor:
+    return torch.tensor(x.shape[a.get("start", 0) : a.get("end", None)], dtype=torch.int64)
+
+
+def reshape(a: Attributes, x: Tensor, target: Tensor) -> Tensor:
+    sizes = [int(size) for size in target.tolist()]
+    if not a.get("allowzero", 0):
+        sizes = [x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
+    return x.reshape(sizes)
+
+
+def flatten(a: Attributes, x: Tensor) -> Tensor:
+    axis = a.get("axis", 1) % x.dim() if x.dim() else 0
+    return x.reshape(x.shape[:axis].numel(), -1)
+
+
+def squeeze(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
+    del a
+    return x.squeeze() if axes is None else x.squeeze(tuple(axes.tolist()))
+
+
+def unsqueeze(a: Attributes, x: Tensor, axes: Tensor) -> Tensor:
+    del a
+    rank = x.dim() + axes.numel()
+    for axis in sorted(axis % rank for axis in axes.tolist()):
+        x = x.unsqueeze(axis)
+    return x
+
+
+def transpose(a: Attributes, x: Tensor) -> Tensor:
+    return x.permute(a.get("perm", tuple(reversed(range(x.dim())))))
+
+
+def concat(a: Attributes, *parts: Tensor) -> Tensor:
+    return torch.cat(parts, a["axis"])
+
+
+def split(a: Attributes, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+    axis = a.get("axis", 0)
+    if sizes is not None:
+        return torch.split_with_sizes(x, sizes.tolist(), axis)
+    return torch.tensor_split(x, [i * -(-x.shape[axis] // a["num_outputs"]) for i in range(1, a["num_outputs"])], axis)
+
+
+def slice_(
+    a: Attributes, x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None = None, steps: Tensor | None = None
+) -> Tensor:
+    del a
+    first, last = starts.tolist(), ends.tolist()
+    where = range(len(first)) if axes is None else axes.tolist()
+    by = [1] * len(first) if steps is None else steps.tolist()
+    for start, end, axis, step in zip(first, last, where, by, strict=True):
+        chosen = range(x.shape[axis])[start:end:step]
+        if step > 0:
+            x = x.narrow(axis, chosen.start, max(0, chosen.stop - chosen.start))
+            x = x if step == 1 else x.index_select(axis, torch.arange(0, x.shape[axis], step, device=x.device))
+        else:
+            x = x.index_select(axis, torch.tensor(list(chosen), dtype=torch.int64, device=x.device))
+    return x
+
+
+def gather(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
+    axis = a.get("axis", 0) % x.dim()
+    positive = torch.where(indices < 0, indices + x.shape[axis], indices).to(x.device)
+    taken = x.index_select(axis, positive.flatten())
+    return taken.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+
+
+def gather_elements(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
+    axis = a.get("axis", 0)
+    return x.gather(axis, torch.where(indices < 0, indices + x.shape[axis], indices).to(x.device))
+
+
+def pad(a: Attributes, x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None) -> Tensor:
+    sides = pads.tolist()
+    where = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in axes.tolist()]
+    pairs = {axis: (sides[i], sides[len(where) + i]) for i, axis in enumerate(where)}
+    mode = _PAD_MODES[a.get("mode", b"constant").decode()]
+    lowest = min((axis for axis, pair in pairs.items() if pair != (0, 0)), default=x.dim())
+    # torch pads the last axes, named from the last to the first; other modes than "constant" want 2 of 4, say.
+    first = lowest if mode == "constant" else min(lowest, 2)
+    flat = [side for axis in reversed(range(first, x.dim())) for side in pairs.get(axis, (0, 0))]
+    if not flat or lowest == x.dim():
+        return x
+    return F.pad(x, flat, mode, 0.0 if value is None else float(value)) if mode == "constant" else F.pad(x, flat, mode)
+
+
+def expand(a: Attributes, x: Tensor, target: Tensor) -> Tensor:
+    del a
+    wanted = [int(size) for size in target.tolist()]
+    sizes = [1] * (x.dim() - len(wanted)) + wanted
+    own = [1] * (len(sizes) - x.dim()) + list(x.shape)
+    # ONNX broadcasts both ways: a 1 in the target keeps the input's size.
+    return x.expand([max(size, mine) for size, mine in zip(sizes, own, strict=True)])
+
+
+def tile(a: Attributes, x: Tensor, repeats: Tensor) -> Tensor:
+    del a
+    return x.repeat(repeats.tolist())
+
+
+def constant_of_shape(a: Attributes, sizes: Tensor) -> Tensor:
+    value = a["value"] if "value" in a else torch.zeros(1)
+    return value.expand(sizes.tolist()) if sizes.numel() else value.reshape(())
+
+
+def range_(a: Attributes, start: Tensor, limit: Tensor, step: Tensor) -> Tensor:
+    del a
+    return torch.arange(start.item(), limit.item(), step.item(), dtype=start.dtype)
+
+
+def where(a: Attributes, condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    del a
+    return torch.where(condition, yes, no)
+
+
+def identity(a: Attributes, x: Tensor, *ignored: Tensor | None) -> Tensor:
+    del a, ignored
+    return x
