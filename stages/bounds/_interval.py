@@ -1,0 +1,89 @@
+"""Intervals, and how much outward margin one operation needs so that rounding cannot break a bound."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.method import InputError
+
+_DOUBLE = 2.0**-53
+TINY = 1e-30  # more than what underflow can lose in any sum that fits in memory
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Elementwise bounds, low <= high, float64 of equal shape."""
+
+    low: Tensor
+    high: Tensor
+
+    def size(self) -> Tensor:
+        """The largest absolute value inside."""
+        return torch.maximum(self.low.abs(), self.high.abs())
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        """Midpoint m and radius r, with [low, high] inside [m - r(1 + u), m + r(1 + u)], u float64's unit roundoff."""
+        middle = (self.low + self.high) / 2
+        return middle, torch.maximum(self.high - middle, middle - self.low)
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What the bounds must cover besides exact arithmetic: `unit` is the unit roundoff of the covered arithmetic, or 0.
+
+    A sum of n products computed in any order, with or without fused operations, is off by at most gamma(n) sum |a b|,
+    gamma(n) = n u / (1 - n u) (Higham 2002, section 3.1). `share(n)` is gamma(n + 2) for the covered arithmetic plus
+    gamma(4 n + 32) for float64, in which the bounds themselves are computed: that pays for the midpoint (n + 2
+    roundings), for the radius (n + 8) and for forming the two ends. Sums by Strassen, Winograd or Fourier transforms,
+    bfloat16 and TF32 do not obey gamma and are not covered.
+    """
+
+    unit: float = 0.0
+
+    def share(self, terms: int) -> float:
+        """Relative margin for one operation of `terms` products. Raises `InputError` where gamma has no bound."""
+        return _gamma(terms + 2, self.unit) + _gamma(4 * terms + 32, _DOUBLE)
+
+    def widen(self, low: Tensor, high: Tensor, magnitude: Tensor, terms: int = 1) -> Interval:
+        """[low, high] moved outward by share(terms) of `magnitude`, which bounds the sum of |a b|."""
+        margin = self.share(terms) * magnitude + TINY
+        return Interval(low - margin, high + margin)
+
+    def elementary(self, low: Tensor, high: Tensor, magnitude: Tensor) -> Interval:
+        """For exp, tanh, erf and the like: libraries are taken to be right within 14 units of (1 + magnitude)."""
+        return self.widen(low, high, 1 + magnitude, terms=12)
+
+
+def _gamma(n: int, unit: float) -> float:
+    if n * unit >= 0.5:
+        raise InputError(
+            f"bounds: a sum of {n} terms cannot be bounded at unit roundoff {unit:g}; the layer is too wide"
+        )
+    return n * unit / (1 - n * unit)
+
+
+def low_ends(tree: Any) -> Any:
+    """`tree` with every interval replaced by its low end."""
+    return _map(tree, lambda interval: interval.low)
+
+
+def high_ends(tree: Any) -> Any:
+    """`tree` with every interval replaced by its high end."""
+    return _map(tree, lambda interval: interval.high)
+
+
+def bounded(tree: Any) -> list[Interval]:
+    """The intervals in `tree`, in order."""
+    found: list[Interval] = []
+    _map(tree, found.append)
+    return found
+
+
+def _map(tree: Any, swap: Any) -> Any:
+    if isinstance(tree, Interval):
+        return swap(tree)
+    if isinstance(tree, list | tuple):
+        return type(tree)(_map(branch, swap) for branch in tree)
+    return tree

@@ -1,0 +1,328 @@
+"""Interval rules, one per primitive operation, in three families.
+
+Affine y = L x + b: midpoint and radius, y in L m + b +- |L| r; |L| comes from `_PARTS`.
+Monotone: the operation is applied to both ends. One minimum (SiLU, GELU, hard swish): the low end is the value at the
+point of the interval nearest to the minimum, the high end the larger value of the two ends.
+The rest (products, quotients, softmax, ...) has a rule of its own.
+
+Every rule widens its answer by a `Rounding` margin wherever the operation rounds; gathers, maxima and clamps do not.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.bounds._interval import TINY, Interval, Rounding, bounded, high_ends, low_ends
+from stages.bounds._trace import Op
+from stages.method import InputError
+
+_MOVES = frozenset(
+    {"view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "unfold"}
+    | {"slice", "select", "index_select", "index", "cat", "stack", "split", "split_with_sizes", "getitem", "repeat"}
+    | {"flip", "roll", "constant_pad_nd", "upsample_nearest2d", "pixel_shuffle"}
+    | {"clone", "alias", "detach", "_to_copy"}
+)
+_MONOTONE = frozenset(
+    {"relu", "hardtanh", "clamp", "clamp_min", "clamp_max", "max_pool2d_with_indices", "maximum", "minimum"}
+    | {"amax", "amin"}
+)
+_SMOOTH = frozenset({"sigmoid", "tanh", "exp", "erf", "hardsigmoid", "elu", "leaky_relu", "softplus"})
+_ALLOWED_COPIES = (None, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """An affine operation taken apart: r -> |L| r, |b| if there is one, and how many products one output sums."""
+
+    magnitude: Callable[[Tensor], Tensor]
+    offset: Tensor | float
+    terms: int
+
+
+def step(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Any:
+    """The interval (or tuple of them) that holds the operation's result for all operands inside `args`.
+
+    Raises `InputError` for an operation without a rule, naming it and its module.
+    """
+    kind = op.kind
+    if is_affine(op, args):
+        return _affine(op, args, kwargs, rounding)
+    if kind in _MOVES:
+        return _move(op, args, kwargs)
+    if kind in _MONOTONE:
+        return pair(op.target(*low_ends(args), **kwargs), op.target(*high_ends(args), **kwargs))
+    if kind in _SMOOTH:
+        if kind in {"elu", "leaky_relu"} and any(isinstance(a, int | float) and a < 0 for a in args[1:]):
+            raise unsupported(op, "with a negative slope")
+        low, high = op.target(*low_ends(args), **kwargs), op.target(*high_ends(args), **kwargs)
+        return rounding.elementary(low, high, torch.maximum(low.abs(), high.abs()))
+    rule = _RULES.get(kind)
+    if rule is None:
+        raise unsupported(op)
+    return rule(op, args, kwargs, rounding)
+
+
+def is_affine(op: Op, args: tuple[Any, ...]) -> bool:
+    """Whether the result is affine in the bounded operands and rounds (pure moves are affine too, but do not)."""
+    places = [i for i, arg in enumerate(args) if isinstance(arg, Interval)]
+    return op.kind in _PARTS and places in [[place] for place in _PLACES.get(op.kind, (0,))]
+
+
+def keeps_affine(op: Op, args: tuple[Any, ...]) -> bool:
+    """Whether an affine function of the operands stays one: affine operations, moves, sums."""
+    return is_affine(op, args) or op.kind in _MOVES or op.kind in {"add", "sub", "neg"}
+
+
+def parts(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
+    """An affine operation taken apart."""
+    return _PARTS[op.kind](op, args, kwargs)
+
+
+def unsupported(op: Op, how: str = "") -> InputError:
+    where = f' in module "{op.module}"' if op.module else ""
+    return InputError(
+        f'bounds: no rule for operation "{op.kind}"{f" {how}" if how else ""}{where}; replace it by an operation with '
+        "one (convolution, linear, normalisation in eval mode, pooling, ReLU and other common activations), or leave "
+        "certification out of the spec"
+    )
+
+
+def pair(low: Any, high: Any) -> Any:
+    """Two results of one operation as an interval, or as a tuple of intervals."""
+    if isinstance(low, list | tuple):
+        return tuple(pair(a, b) for a, b in zip(low, high, strict=True))
+    return Interval(low, high)
+
+
+def _move(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if op.kind == "getitem":
+        return args[0][args[1]]
+    if op.kind == "_to_copy":
+        if kwargs.get("dtype") not in _ALLOWED_COPIES:
+            raise unsupported(op, f"to {kwargs['dtype']}")
+        return args[0]
+    return pair(op.target(*low_ends(args), **kwargs), op.target(*high_ends(args), **kwargs))
+
+
+def _affine(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Any:
+    piece = parts(op, args, kwargs)
+    [x] = bounded(args)
+    middle, radius = x.split()
+    at = tuple(middle if isinstance(arg, Interval) else arg for arg in args)
+    centre = op.target(*at, **kwargs)
+    tail = ()
+    if isinstance(centre, tuple):
+        centre, tail = centre[0], centre[1:]
+    share = rounding.share(piece.terms)
+    spread = piece.magnitude(radius + share * (middle.abs() + radius)) + share * piece.offset + TINY
+    answer = Interval(centre - spread, centre + spread)
+    return (answer, *tail) if tail else answer
+
+
+def _convolution(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
+    _, weight, bias, *rest = args
+    transposed = rest[3]
+    offset = 0.0 if bias is None else bias.abs().view(-1, *(1,) * (weight.dim() - 2))
+    terms = weight.numel() // weight.shape[1 if transposed else 0] + 1
+    return Parts(lambda r: op.target(r, weight.abs(), None, *rest, **kwargs), offset, terms)
+
+
+def _batch_norm(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
+    del op, kwargs
+    x, weight, bias, mean, var, _, eps = args
+    shape = (1, -1, *(1,) * (x.low.dim() - 2))
+    scale = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
+    offset = (mean * scale).abs() if bias is None else (mean * scale).abs() + bias.abs()
+    return Parts(lambda r: r * scale.abs().view(shape), offset.view(shape), 8)
+
+
+def _addmm(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
+    if kwargs:
+        raise unsupported(op, "with alpha or beta")
+    bias, _, weight = args
+    return Parts(lambda r: r @ weight.abs(), bias.abs(), weight.shape[0] + 1)
+
+
+def _product(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
+    del op, kwargs
+    left, right = args
+    if isinstance(left, Interval):
+        return Parts(lambda r: r @ right.abs(), 0.0, right.shape[-2])
+    return Parts(lambda r: left.abs() @ r, 0.0, left.shape[-1])
+
+
+def _scale(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
+    del op, kwargs
+    factor = args[1] if isinstance(args[0], Interval) else args[0]
+    return Parts(lambda r: r * abs(factor), 0.0, 1)
+
+
+def _over(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
+    if kwargs:
+        raise unsupported(op, "with rounding")
+    return Parts(lambda r: r / abs(args[1]), 0.0, 1)
+
+
+def _average(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
+    x = args[0].low
+    # No window holds more than the whole image, and no mean or sum more than the whole example.
+    whole = x[0].numel() if op.kind in {"mean", "sum"} else x.shape[-1] * x.shape[-2]
+    window = math.prod(args[1]) if op.kind == "avg_pool2d" else whole
+    return Parts(lambda r: op.target(r, *args[1:], **kwargs), 0.0, min(window, whole) + 1)
+
+
+_PARTS: dict[str, Callable[[Op, tuple[Any, ...], dict[str, Any]], Parts]] = {
+    "convolution": _convolution,
+    "_native_batch_norm_legit_no_training": _batch_norm,
+    "addmm": _addmm,
+    "mm": _product,
+    "bmm": _product,
+    "matmul": _product,
+    "mul": _scale,
+    "div": _over,
+    "avg_pool2d": _average,
+    "adaptive_avg_pool2d": _average,
+    "_adaptive_avg_pool2d": _average,
+    "mean": _average,
+    "sum": _average,
+}
+_PLACES = {"addmm": (1,), "mm": (0, 1), "bmm": (0, 1), "matmul": (0, 1), "mul": (0, 1)}
+
+
+def _as_interval(value: Any, like: Tensor) -> Interval:
+    if isinstance(value, Interval):
+        return value
+    fixed = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return Interval(fixed, fixed)
+
+
+def _two(args: tuple[Any, ...]) -> tuple[Interval, Interval]:
+    like = bounded(args)[0].low
+    return _as_interval(args[0], like), _as_interval(args[1], like)
+
+
+def _sum(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
+    if kwargs.get("alpha", 1) != 1:
+        raise unsupported(op, "with alpha")
+    a, b = _two(args)
+    if op.kind == "sub":
+        b = Interval(-b.high, -b.low)
+    return rounding.widen(a.low + b.low, a.high + b.high, a.size() + b.size())
+
+
+def _neg(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
+    del op, kwargs, rounding
+    return Interval(-args[0].high, -args[0].low)
+
+
+def _abs(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
+    del op, kwargs, rounding
+    x: Interval = args[0]
+    return Interval(torch.maximum(x.low, -x.high).clamp(min=0), x.size())
+
+
+def _square(x: Interval, rounding: Rounding) -> Interval:
+    nearest = torch.maximum(x.low, -x.high).clamp(min=0)
+    high = x.size() ** 2
+    return rounding.widen(nearest**2, high, high)
+
+
+def _mul(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
+    del kwargs
+    if op.args[0] == op.args[1]:
+        return _square(args[0], rounding)
+    return _corners(*_two(args), rounding)
+
+
+def _corners(a: Interval, b: Interval, rounding: Rounding) -> Interval:
+    corners = [a.low * b.low, a.low * b.high, a.high * b.low, a.high * b.high]
+    low, high = corners[0], corners[0]
+    for corner in corners[1:]:
+        low, high = torch.minimum(low, corner), torch.maximum(high, corner)
+    return rounding.widen(low, high, a.size() * b.size())
+
+
+def _div(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
+    if kwargs:
+        raise unsupported(op, "with rounding")
+    a, b = _two(args)
+    return _corners(a, _inverse(op, b, rounding), rounding)
+
+
+def _reciprocal(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
+    del kwargs
+    return _inverse(op, args[0], rounding)
+
+
+def _inverse(op: Op, x: Interval, rounding: Rounding) -> Interval:
+    if not bool(((x.low > 0) | (x.high < 0)).all()):
+        raise unsupported(op, "by a value that may be zero")
+    return rounding.widen(1 / x.high, 1 / x.low, torch.maximum((1 / x.high).abs(), (1 / x.low).abs()))
+
+
+def _pow(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
+    del kwargs
+    if args[1] != 2:
+        raise unsupported(op, f"with exponent {args[1]}")
+    return _square(args[0], rounding)
+
+
+def _matmul(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
+    """Both operands bounded (attention): |a b - m_a m_b| <= |m_a| r_b + r_a |m_b| + r_a r_b, summed."""
+    del op, kwargs
+    (ma, ra), (mb, rb) = args[0].split(), args[1].split()
+    centre, spread = ma @ mb, ma.abs() @ rb + ra @ (mb.abs() + rb)
+    return rounding.widen(centre - spread, centre + spread, args[0].size() @ args[1].size(), ma.shape[-1])
+
+
+def _softmax(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
+    """Lowest where the entry is lowest and all others highest, and the reverse."""
+    del op, kwargs
+    x, dim = args[0], args[1]
+    top = x.high.amax(dim, keepdim=True)
+    low, high = (x.low - top).exp(), (x.high - top).exp()
+    n = low.shape[dim]
+    # The differences below cancel; what they may lose is at most 2 n float64 units of the sum, added and taken off.
+    lost = 4 * n * 2.0**-53 * high.sum(dim, keepdim=True)
+    others_high = (high.sum(dim, keepdim=True) - high).clamp(min=0) + lost
+    others_low = (low.sum(dim, keepdim=True) - low - lost).clamp(min=0)
+    ends = low / (low + others_high), (high / (high + others_low)).clamp(max=1)
+    answer = rounding.elementary(*ends, torch.full_like(low, float(n)))
+    return Interval(answer.low.clamp(min=0), answer.high)
+
+
+def _dip(exact: float, tanh: float | None = None) -> Callable[..., Interval]:
+    """A rule for a function that falls until `exact` and rises after it; `tanh` is the place for approximate="tanh"."""
+
+    def rule(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
+        x: Interval = args[0]
+        bottom = tanh if tanh is not None and kwargs.get("approximate") == "tanh" else exact
+        nearest = torch.minimum(torch.maximum(x.low, torch.full_like(x.low, bottom)), x.high)
+        left, right = op.target(x.low, **kwargs), op.target(x.high, **kwargs)
+        return rounding.elementary(op.target(nearest, **kwargs), torch.maximum(left, right), x.size())
+
+    return rule
+
+
+# Where SiLU and GELU are lowest, to 1e-12; the values there are flat, so the error in the value is far below 1e-20.
+_RULES: dict[str, Callable[[Op, tuple[Any, ...], dict[str, Any], Rounding], Any]] = {
+    "add": _sum,
+    "sub": _sum,
+    "neg": _neg,
+    "abs": _abs,
+    "mul": _mul,
+    "div": _div,
+    "reciprocal": _reciprocal,
+    "pow": _pow,
+    "mm": _matmul,
+    "bmm": _matmul,
+    "matmul": _matmul,
+    "_softmax": _softmax,
+    "silu": _dip(-1.278464542761),
+    "hardswish": _dip(-1.5),
+    "gelu": _dip(-0.751791524694, tanh=-0.752461422071),
+}

@@ -1,0 +1,87 @@
+"""What every certifier promises; a new file in the folder is held to it unasked."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stages.bounds.base import FOLDER, Box, Certifier, lead_rows
+from stages.method import InputError, load, names
+from stages.nn.arch import Arch
+from stages.seeding import generator
+from stages.threat import Threat
+
+KINDS = names(FOLDER)
+THREATS = [Threat(norm="linf", eps=0.05), Threat(norm="l2", eps=0.3), Threat(norm="l1", eps=0.5)]
+
+
+def certifier(kind: str) -> Certifier:
+    return load(FOLDER, Certifier, kind)  # type: ignore[type-abstract]
+
+
+def batch() -> tuple[nn.Module, Tensor, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        net = Arch(builder="small_cnn", options={"width": 4, "hidden": 16}, input_shape=(1, 8, 8), classes=4).build()
+    rng = generator(0, "contract")
+    with torch.no_grad():
+        for value in net.parameters():
+            value.copy_(torch.randn(value.shape, generator=rng) * 0.3)
+    return net, torch.rand(4, 1, 8, 8, generator=rng), torch.tensor([0, 1, 2, 3])
+
+
+def test_there_is_a_certifier() -> None:
+    assert "ibp" in KINDS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dumps_and_loads_to_itself(kind: str) -> None:
+    assert load(FOLDER, Certifier, certifier(kind).dump()) == certifier(kind)  # type: ignore[type-abstract]
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=lambda threat: threat.norm)
+@pytest.mark.parametrize("kind", KINDS)
+def test_never_above_a_margin_that_any_point_of_the_threat_has(kind: str, threat: Threat) -> None:
+    net, x, y = batch()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with torch.no_grad():
+        bound = certifier(kind).margins(net, x, y, threat)
+    assert bound.shape == (4,)
+    rng, worst = generator(1, kind), torch.full((4,), torch.inf)
+    rows = lead_rows(net, x, y)
+    for r in range(rows.shape[1]):
+        point = threat.random(x, rng)
+        for _ in range(15):
+            point = point.detach().requires_grad_()
+            leads = torch.einsum("brk,bk->br", rows, net(point))
+            worst = torch.minimum(worst, leads.detach().amin(1))
+            (grad,) = torch.autograd.grad(leads[:, r].sum(), point)
+            point = threat.project(threat.ascend(point, -grad, threat.eps / 4), x)
+    assert bool((bound <= worst).all())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not net.training
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_on_an_affine_network(kind: str) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval()
+    rng = generator(2, kind)
+    low = torch.rand(2, 1, 2, 2, generator=rng)
+    high = low + torch.rand(low.shape, generator=rng)
+    rows = torch.randn(2, 2, 3, generator=rng)
+    layer = net[1]
+    assert isinstance(layer, nn.Linear)
+    with torch.no_grad():
+        bound = certifier(kind).lower(net, Box(low, high), rows)
+        slopes = rows @ layer.weight
+        ends = torch.where(slopes > 0, low.flatten(1).unsqueeze(1), high.flatten(1).unsqueeze(1))
+        exact = (slopes * ends).sum(2) + rows @ layer.bias
+    assert torch.allclose(bound, exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_question_same_answer_and_a_network_in_training_is_refused(kind: str) -> None:
+    net, x, y = batch()
+    with torch.no_grad():
+        first, second = (certifier(kind).margins(net, x, y, THREATS[0]) for _ in range(2))
+    assert torch.equal(first, second)
+    with pytest.raises(InputError, match="eval mode"):
+        certifier(kind).margins(net.train(), x, y, THREATS[0])
