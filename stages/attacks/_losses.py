@@ -31,9 +31,9 @@ def margin(z: Tensor, y: Tensor) -> Tensor:
 def dlr(z: Tensor, y: Tensor) -> Tensor:
     """Difference of logits ratio, [B]: (max_{k != y} z_k - z_y) / (z_(1) - z_(3)), z_(i) the i-th largest logit.
 
-    Unlike cross-entropy it does not change when all logits are scaled. With fewer than four classes the third logit is
-    the last one or missing, and the ratio says little: `margin` is returned instead, which such nets share the
-    direction of ascent with.
+    Unlike cross-entropy it does not change when all logits are scaled. It asks for three other classes; with fewer than
+    four in all, the third logit is the smallest or missing, and `margin` is returned instead: as free of saturation,
+    though not of scale.
 
     Source: Croce and Hein 2020, equation 6.
     """

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Annotated, final
+from typing import Annotated, Literal, final
 
 import torch
 from torch import Generator, Tensor
@@ -17,6 +17,10 @@ Logits = Callable[[Tensor], Tensor]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
+Norm = Literal["linf", "l2", "l1"]
+
+ALL_NORMS: frozenset[Norm] = frozenset(("linf", "l2", "l1"))
+
 
 class Attack(Method):
     """Looks for a point of the threat that is classified wrongly. Randomness comes from the passed generator alone."""
@@ -25,6 +29,11 @@ class Attack(Method):
     def needs_gradients(self) -> bool:
         """False for attacks that only query outputs and so run on exported engines too."""
         return True
+
+    @property
+    def norms(self) -> frozenset[Norm]:
+        """The threats that it can strike under; a call under any other raises `InputError`."""
+        return ALL_NORMS
 
     def prepare(self, logits: Logits, data: Batches, rng: Generator) -> "Attack":
         """Fit whatever the attack learns before it strikes (a generator, directions); most learn nothing."""
@@ -39,6 +48,7 @@ class Attack(Method):
         not finite, or where y does not fit.
         """
         _check(x, y, threat)
+        self.accept(threat)
         with torch.no_grad():
             right = logits(x).argmax(1) == y
         result = x.clone()
@@ -51,6 +61,15 @@ class Attack(Method):
             broken = logits(x_adv).argmax(1) != y[rows]
         result[rows[broken]] = x_adv[broken]
         return result
+
+    @final
+    def accept(self, threat: Threat) -> None:
+        """Raise `InputError` where this attack has no version for the threat's norm; a plan asks before work starts."""
+        if threat.norm not in self.norms:
+            raise InputError(
+                f"{self.kind}: expected a threat in {' or '.join(sorted(self.norms))}, got {threat.norm}; "
+                'for l1 there is "pgd"'
+            )
 
     @abstractmethod
     def perturb(self, logits: Logits, x: Tensor, y: Tensor, threat: Threat, rng: Generator) -> Tensor:
