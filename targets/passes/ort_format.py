@@ -37,4 +37,3 @@ def lower(model: onnx.ModelProto, options: Mapping[str, Any], kit: Kit) -> onnx.
         raise LoweringError(f'pass "ort_format": the .ort file differs from the graph by {gap:.3g} in a logit')
     kit.extras[".ort"] = data
     return model
-

@@ -39,7 +39,7 @@ def _npy(body: bytes) -> npt.NDArray[Any]:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         header: Any = read(stream)
     except (ValueError, KeyError, EOFError) as error:
-        raise BadImages(f"body: not a .npy file that can be read: {error}") from error
+        raise BadImages(f"body: the .npy header cannot be read: {error}") from error
     shape, fortran = header[0], header[1]
     dtype: np.dtype[Any] = np.dtype(header[2])
     if dtype.hasobject:
