@@ -10,12 +10,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.core.canonical import canonical
+from pipeline.core.errors import BadInput
 from pipeline.core.stage import Emit, Files, Result
 from pipeline.engine.disk import remove, write_atomic, writing
 from pipeline.engine.failure import Failure, failure_of
@@ -76,8 +77,10 @@ class Launch:
 
     def _fail(self, step: Step, failure: Failure) -> NoReturn:
         path = self.folder / f"failed-{step.name}.txt"
-        self.emit("failed", {"stage": step.name, "text": failure.text})
-        write_atomic(path, failure.details.encode(errors="replace"))
+        # The disk may be what failed; the first message is the one that counts.
+        with suppress(BadInput):
+            self.emit("failed", {"stage": step.name, "text": failure.text})
+            write_atomic(path, failure.details.encode(errors="replace"))
         raise failure.error(step.name, str(_short(path))) from None
 
     def _apart(self, task: Task, step: Step, emit: Emit) -> Result:

@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline.core.canonical import canonical
 from pipeline.core.errors import StageFailed
@@ -111,10 +111,11 @@ def main(folder: Path, environ: Mapping[str, str]) -> int:
     return 0
 
 
-def torchrun(folder: str, procs: str) -> None:
-    """Become torchrun; it exits with the status of its ranks."""
+def torchrun(folder: str, procs: str) -> NoReturn:
+    """Become torchrun; it exits with 1 where a rank failed."""
     sys.argv = ["torchrun", "--standalone", f"--nproc-per-node={procs}", "-m", "pipeline.engine.worker", folder]
     runpy.run_module("torch.distributed.run", run_name="__main__")
+    sys.exit(0)
 
 
 def _emitter(folder: Path) -> Emit:

@@ -35,9 +35,10 @@ def chain(start: str, config: Slow, ctx: Context) -> str:
         if step == config.steps // 2:
             break_down(config.fault)
         value = hashlib.sha256(f"{value} {step} {ctx.seed}".encode()).hexdigest()
-        spare = path.with_suffix(".new")
-        spare.write_text(json.dumps([step + 1, value]))
-        spare.replace(path)
+        if ctx.rank == 0:
+            spare = path.with_suffix(".new")
+            spare.write_text(json.dumps([step + 1, value]))
+            spare.replace(path)
         ctx.emit("progress", {"label": "links", "done": step + 1, "total": config.steps})
     return value
 
@@ -64,6 +65,7 @@ def written(ctx: Context, files: Mapping[str, str | bytes]) -> dict[str, Path]:
     found = {}
     for name, content in files.items():
         path = ctx.scratch / name.replace("/", "_")
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        if ctx.rank == 0:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
         found[name] = path
     return found

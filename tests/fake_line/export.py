@@ -13,6 +13,7 @@ LIBRARIES = ("numpy",)
 
 class Config(Slow):
     precision: str = "fp32"
+    padding: int = 0
     contract: dict[str, Any] | None = {"model": "model.onnx"}
 
 
@@ -23,6 +24,8 @@ def measures(config: Config, task: Mapping[str, Any]) -> frozenset[str]:
 def run(files: Files, config: Config, ctx: Context) -> Result:
     model = files["weights.safetensors"].read_bytes() + chain("export", config, ctx).encode()
     made = written(ctx, {"bundle/model.onnx": model, "bundle/extra/probe.npz": b"probe", "figures.json": "{}"})
+    if config.padding:
+        made |= written(ctx, {"bundle/padding.bin": b"x" * config.padding})
     if config.contract is not None:
         made |= written(ctx, {"bundle/contract.json": json.dumps({**config.contract, "precision": config.precision})})
     late = Measurement(name="latency.p95", value=2.0, low=1.5, high=2.5, unit="ms", samples=50, better="lower")
