@@ -99,7 +99,7 @@ holdout = 0.1   # share of the training part that is kept for measuring; the tes
 
 [stages.search]
 kind = "fixed"   # take the network below; "random_search" looks for a better one
-arch = {arch}
+arch = {arch}   # a builder and its options; `list builders` shows them
 
 [stages.train]
 kind = "at"   # adversarial training; "trades" trades clean accuracy for robustness, "fast" is quicker
@@ -120,7 +120,7 @@ metric = "accuracy.robust.holdout"   # under a quick attack, on the hold-out
 at_least = 0.0   # placeholder: asks for nothing
 
 [[budget.compress]]
-metric = "accuracy.robust.holdout"
+metric = "accuracy.robust.holdout"   # the same after compression
 at_least = 0.0   # placeholder: set it to what compression may leave, and bolder attempts are refused
 
 [[budget.validate]]
@@ -137,7 +137,7 @@ at_least = 0.0   # placeholder: asks for nothing
 
 # `python -m pipeline ci --baseline record.json` fails where a metric fell by more than this.
 [[regression.validate]]
-metric = "accuracy.robust.test"
+metric = "accuracy.robust.test"   # any metric that the stage measures
 max_loss = 0.02   # placeholder: two points
 """
 

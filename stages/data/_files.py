@@ -55,10 +55,13 @@ def expect(path: Path, data: bytes | memoryview, algorithm: str, digest: str, hi
 def arrays(path: Path) -> dict[str, NDArray[np.generic]]:
     """All arrays of a .npz, read without unpickling. Raises `InputError` where they are not plain, or are damaged."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: where NumPy opens a file itself and then refuses it, it leaves it open.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{path}: expected a .npz archive of named arrays, got something else")
-            return {name: archive[name] for name in archive.files}
+                raise InputError(f"{path}: expected a .npz archive of named arrays, got a single array")
+            with archive:
+                return {name: archive[name] for name in archive.files}
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except InputError:

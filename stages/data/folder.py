@@ -66,7 +66,7 @@ class Folder(Dataset):
             labels = [classes.index(name) for name, paths in listing.items() for _ in paths]
             parts.append((_load([p for paths in listing.values() for p in paths], self.size), torch.tensor(labels)))
             names.append(self._groups(root, part if len(listings) == 2 else "", listing))
-        depth = max(len(images[0]) for images, _ in parts)
+        depth = max(len(image) for images, _ in parts for image in images)
         shape = parts[0][0][0].shape[1:]
         if parts[-1][0][0].shape[1:] != shape:
             raise InputError(f"{self._base(root) / 'test'}: expected pictures of the size of train/'s; set size")
@@ -172,4 +172,7 @@ def _load(paths: list[Path], size: int | None) -> list[NDArray[np.uint8]]:
 
 
 def _stack(images: list[NDArray[np.uint8]], depth: int) -> Tensor:
-    return torch.from_numpy(np.stack([np.broadcast_to(image, (depth, *image.shape[1:])) for image in images]))
+    whole = np.empty((len(images), depth, *images[0].shape[1:]), np.uint8)
+    for row, image in zip(whole, images, strict=True):
+        row[:] = image
+    return torch.from_numpy(whole)

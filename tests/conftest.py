@@ -1,0 +1,18 @@
+"""Fixtures for every test: where the real data lie."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+_BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of the real data sets; the test is skipped where there is none."""
+    named = os.environ.get("TEMPER_DATA")
+    root = Path(named) if named else _BESIDE
+    if not root.is_dir():
+        pytest.skip(f"no real data: TEMPER_DATA is not set to a folder and {_BESIDE} does not exist")
+    return root
