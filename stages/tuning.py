@@ -1,6 +1,6 @@
 """Training a network under a recipe on a split; shared by train, by search's scores and by compress's fine-tuning."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,12 +9,43 @@ from torch import Generator, Tensor, nn
 from stages.data.base import Split, to_float
 from stages.fitting.loop import OnStep, Row, fit
 from stages.fitting.optim import Fit
+from stages.nn.arch import Arch
 from stages.recipes.base import Recipe
-from stages.seeding import generator
+from stages.seeding import derive, deterministic, generator
 from stages.threat import Threat
 
 MONITORED = 256
+FALL = 0.2
 MONITOR_STEPS = 200
+
+
+def initial(arch: Arch, seed: int) -> nn.Module:
+    """A freshly initialised network, the same for the same seed; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        deterministic(derive(seed, "weights"))
+        return arch.build()
+
+
+def sample(split: Split, count: int | None) -> Split:
+    """`count` images of a split in file order, or all; the same ones for every stage, so that outcomes pair up."""
+    if count is None or count >= len(split):
+        return split
+    return split.select(torch.randperm(len(split), generator=generator(0, "sample"))[:count].sort().values)
+
+
+def fallen(rows: Sequence[Row]) -> str | None:
+    """A sentence where a logged accuracy fell by more than 0.2 from its height, as in catastrophic overfitting."""
+    for name in sorted({key for row in rows for key in row if key.startswith("accuracy.")}):
+        height = -1.0
+        for row in rows:
+            value = row.get(name, height)
+            if value < height - FALL:
+                return (
+                    f"{name} fell from {height:.2f} to {value:.2f} by epoch {row['epoch']:.0f}: training may have "
+                    'collapsed (catastrophic overfitting); use more attack steps, a lower lr, or keep = "best"'
+                )
+            height = max(height, value)
+    return None
 
 
 def tune(

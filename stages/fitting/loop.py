@@ -12,7 +12,7 @@ from stages.data.base import to_float
 from stages.fitting import resume
 from stages.fitting.ema import Average
 from stages.fitting.optim import Fit, optimiser
-from stages.fitting.precision import Mixed, choose, layout
+from stages.fitting.precision import choose, layout, prepare
 from stages.method import InputError
 from stages.seeding import generator
 
@@ -108,9 +108,7 @@ class _Run:
         self.total = config.epochs * self.per_epoch
         self.device = next(net.parameters()).device
         self.owner = "" if scratch is None else resume.identity(net, x, y, {"fit": config.dump(), "seed": seed})
-        self.seen: nn.Module = net
-        if self.total and choose(net, config) == "bf16":
-            self.seen = Mixed(net)
+        self.seen = prepare(net, choose(net, config)) if self.total else net
         self.optimiser = optimiser(net, config)
         self.average = None if config.ema is None else Average(net, config.ema, self.total)
         self.step = 0

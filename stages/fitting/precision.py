@@ -1,4 +1,4 @@
-"""bfloat16 on channels-last tensors, where it is faster than float32."""
+"""bfloat16 and channels-last memory, where they are faster than plain float32."""
 
 from typing import Any, Literal
 
@@ -7,40 +7,58 @@ from torch import Tensor, nn
 
 from stages.fitting.optim import Fit
 
+Mode = Literal["fp32", "fp32 channels-last", "bf16 channels-last"]
 
-def choose(net: nn.Module, config: Fit) -> Literal["fp32", "bf16"]:
-    """What `precision = "auto"` means; a function of the network and the kind of processor, so it never varies.
+_DEEP = 4
 
-    bf16 with channels-last memory for networks that are mostly convolution over many channels: at least one 2-d
-    convolution has 32 or more input and output channels, and no attention is in the way. Small CNNs and vision
-    transformers gain nothing and stay in fp32, and so does everything on a CPU without AVX-512 bfloat16 instructions,
-    where they would be emulated.
+
+def choose(net: nn.Module, config: Fit) -> Mode:
+    """What `precision` means for this network on this kind of processor; nothing is timed, so it never varies.
+
+    "auto" leaves perceptrons and transformers as they are. Convolutional networks get channels-last memory, and, if
+    they have four or more convolutions with at least 16 input channels each (a ResNet has, `small_cnn` has not), bf16
+    where the processor computes in it: with AVX-512 bfloat16 instructions, or on a GPU that has them. Elsewhere bf16
+    is emulated and 5 to 10 times slower than float32. `docs/` and `benchmarks/` hold the numbers.
     """
-    if config.precision != "auto":
-        return config.precision
-    if not _fast(next(net.parameters()).device):
+    if config.precision == "fp32":
         return "fp32"
-    if any(isinstance(module, nn.MultiheadAttention) for module in net.modules()):
+    if config.precision == "bf16":
+        return "bf16 channels-last"
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    if not convolutions or any(isinstance(module, nn.MultiheadAttention) for module in net.modules()):
         return "fp32"
-    wide = any(
-        isinstance(module, nn.Conv2d) and min(module.in_channels, module.out_channels) >= 32 for module in net.modules()
-    )
-    return "bf16" if wide else "fp32"
+    deep = sum(module.in_channels >= 16 for module in convolutions) >= _DEEP
+    return "bf16 channels-last" if deep and native(next(net.parameters()).device) else "fp32 channels-last"
 
 
-class Mixed(nn.Module):
-    """`net` under bf16 autocast and channels-last, with float32 logits, so that every loss and every attack's surrogate
-    is computed in float32 (a bf16 loss flattens the gradients of confident examples). Weights stay float32.
+def native(device: torch.device) -> bool:
+    """True where the processor has bf16 arithmetic."""
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def prepare(net: nn.Module, mode: Mode) -> nn.Module:
+    """What the loop hands to a recipe instead of `net`; the weights stay those of `net`, in float32."""
+    return net if mode == "fp32" else Faster(net, torch.bfloat16 if mode == "bf16 channels-last" else None)
+
+
+class Faster(nn.Module):
+    """`net` on channels-last memory, under autocast where a type is given, with float32 logits.
+
+    So every loss and every attack's surrogate is computed in float32: in bf16 the gradients of confident examples
+    would vanish.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.net = layout(net, torch.channels_last)
+        self.dtype = dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not None):
             logits: Tensor = self.net(x.contiguous(memory_format=torch.channels_last))
-        return logits.float()
+        return logits if self.dtype is None else logits.float()
 
     def __getattr__(self, name: str) -> Any:
         """A recipe that made the network (`Recipe.wrap`) finds its parts again; they run in float32 when called."""
@@ -54,9 +72,3 @@ def layout(net: nn.Module, memory_format: torch.memory_format) -> nn.Module:
     """`net` itself, its weights laid out anew; no number changes."""
     net.to(memory_format=memory_format)  # type: ignore[call-overload]  # missing from torch's own overloads
     return net
-
-
-def _fast(device: torch.device) -> bool:
-    if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported())
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
