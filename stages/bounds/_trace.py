@@ -131,7 +131,9 @@ def _fingerprint(net: nn.Module, image: Tensor) -> Hashable:
 
 def _export(net: nn.Module, image: Tensor) -> ExportedProgram:
     example = image.new_zeros((2, *image.shape[1:]))
-    table = {op: how for op, how in torch.export.default_decompositions().items() if op not in _WHOLE}
+    table: dict[Any, Any] = {**torch.export.default_decompositions()}
+    for whole in _WHOLE:
+        table.pop(whole, None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about torch's own deprecations, which the user cannot act on
