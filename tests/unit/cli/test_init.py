@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from pipeline.cli import main
-from pipeline.core.spec import Spec
+from pipeline.core.spec import Spec, read
+from pipeline.engine.plan import plan
 from stages.data.digits import Digits
 from stages.task import Task
 
@@ -174,3 +175,12 @@ def test_real_signs_through_a_folder(data_root: Path, capsys: pytest.CaptureFixt
         parts.append(set(split.groups.tolist()))
     assert sum(map(len, parts)) == len(set().union(*parts)) == 43 * 5
     assert written == len(splits.train) + len(splits.holdout) + len(splits.test) == 43 * 5 * 6
+
+
+def test_what_init_writes_can_be_planned() -> None:
+    for stage in ("search", "train", "compress", "validate", "export"):
+        pytest.importorskip(f"stages.{stage}", exc_type=ModuleNotFoundError)
+    pictures(Path("own"))
+    assert main(["init", "own"]) == 0
+    made = plan(read(Path("spec.toml")), None, Path("runs").resolve(), Path("data").resolve())
+    assert [step.name for step in made.steps] == ["search", "train", "compress", "validate", "export"]
