@@ -58,8 +58,12 @@ def entries(kind: str) -> Iterator[tuple[str, str]]:
 
 
 def _summary(path: Path) -> str:
+    source = path.read_text(encoding="utf-8")
+    # A docstring at the very top is parsed alone: parsing whole files would take most of the command's time.
+    quoted = source.split('"""', 2)
+    head = f'"""{quoted[1]}"""' if len(quoted) == 3 and not quoted[0] else source
     try:
-        return _short(ast.get_docstring(ast.parse(path.read_bytes())) or "")
+        return _short(ast.get_docstring(ast.parse(head)) or "")
     except SyntaxError as error:
         raise BadInput(f"{path}: line {error.lineno}: not valid Python: {error.msg}") from None
 
