@@ -2,7 +2,7 @@
 
 import os
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipeline.cli.ui import duration
@@ -12,6 +12,7 @@ from pipeline.core.record import RunRecord, StageRecord
 from pipeline.engine.build import Built
 
 _NUMBERS = 3
+_STUCK = "\N{NO-BREAK SPACE}"
 _SIZE_AND_SPEED = ("size.model", "size.bundle", "latency.p50", "latency.p95", "memory.peak")
 
 
@@ -22,7 +23,9 @@ def summary(built: Built, width: int = 100) -> str:
     lines = [f"{record.name} for {record.spec.target}: {verdict}"]
     for stage in record.stages:
         lines += _stage(stage, record.spec.budget.get(stage.name, ()), width)
-    lines += [f"  {'size, speed':<12}{numbers}"] if (numbers := _size_and_speed(record)) else []
+    latest = record.latest()
+    if shipped := [latest[name] for name in _SIZE_AND_SPEED if name in latest]:
+        lines += _wrapped(f"  {'size, speed':<12}", _listed(shipped), width)
     lines += [f"  {'owed':<12}{text}" for text in owed(record)]
     if built.bundle is not None:
         lines.append(f"  {'bundle':<12}{short(built.bundle)}")
@@ -54,23 +57,36 @@ def short(path: Path) -> str:
     return os.fspath(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
+def _wrapped(head: str, pieces: Sequence[str], width: int) -> list[str]:
+    """The pieces behind `head`, broken between them and never within one."""
+    text = " ".join(piece.replace(" ", _STUCK) for piece in pieces)
+    lines = textwrap.wrap(
+        text,
+        width,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace(_STUCK, " ") for line in lines or [head]]
+
+
+def _listed(measured: Iterable[Measurement]) -> list[str]:
+    *rest, last = [number(m) for m in measured] or [""]
+    return [*(f"{text}," for text in rest), last]
+
+
 def _stage(stage: StageRecord, budget: Iterable[Limit], width: int) -> list[str]:
     spent = "reused" if stage.reused else duration(stage.seconds)
     limited = {limit.metric for limit in budget}
     ranked = sorted(stage.measurements, key=lambda m: (m.name not in limited, m.name in _SIZE_AND_SPEED))
-    numbers = ", ".join(number(m) for m in ranked[:_NUMBERS])
-    tried = "".join(f"{key} = {value}: " for key, value in stage.overrides.items())
+    tried = [f"{key} = {value}:" for key, value in stage.overrides.items()]
     mark = "ok" if stage.verdict.passed else ("REFUSED" if stage.chosen else "refused")
     head = f"  {stage.name:<10}{spent:>12}  {mark:<8}"
-    lines = textwrap.wrap(tried + numbers, width, initial_indent=head, subsequent_indent=" " * len(head))
+    lines = _wrapped(head, [*tried, *_listed(ranked[:_NUMBERS])], width)
     for reason in stage.verdict.refusals:
         lines += textwrap.wrap(reason.text, width, initial_indent=" " * 14 + "- ", subsequent_indent=" " * 16)
-    return lines or [head]
-
-
-def _size_and_speed(record: RunRecord) -> str:
-    latest = record.latest()
-    return ", ".join(number(latest[name]) for name in _SIZE_AND_SPEED if name in latest)
+    return lines
 
 
 def _bounds(limit: Limit) -> list[str]:
