@@ -1,10 +1,12 @@
 """A view as Markdown, for logs, merge requests and terminals."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 from pipeline.report import words
 from pipeline.report.rows import AttemptView, Demand, View
 
+_TAG = re.compile("<(?=[A-Za-z/!?])")  # what could begin markup; "<=" reads better as it is
 _SIGN = {True: "✓", False: "✗"}
 
 
@@ -102,11 +104,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    return _TAG.sub("&lt;", text.replace("|", "\\|").replace("\n", " "))
 
 
 def _safe(text: str) -> str:
     """Text of the record must not become markup."""
     for sign in "\\`*_[]":
         text = text.replace(sign, f"\\{sign}")
-    return text.replace("<", "&lt;").replace("\n", " ")
+    return _TAG.sub("&lt;", text.replace("\n", " "))
