@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.core.canonical import canonical, digest
+from pipeline.core.gate import Budget
 from pipeline.core.measurement import exact
 from pipeline.core.record import Outcomes
 from pipeline.core.stage import Context, Files, Result
@@ -21,6 +22,7 @@ from stages.fitting import resume
 from stages.fitting.loop import Diverged
 from stages.fitting.optim import Fit
 from stages.measure import accuracy
+from stages.method import InputError, type_of
 from stages.nn import _atomic
 from stages.nn.arch import Arch
 from stages.nn.cost import cost
@@ -36,6 +38,7 @@ from stages.tuning import initial, sample, tune
 
 LIBRARIES = ("torch", "numpy", "safetensors", "pydantic")
 
+_CAPS = {"cost.macs": "max_macs", "cost.params": "max_params"}
 PROXY = "accuracy.robust.proxy.holdout"
 
 
@@ -68,6 +71,17 @@ def measures(config: Config, task: Mapping[str, Any]) -> frozenset[str]:
     """The winner's costs, and its score unless there was nothing to score."""
     del task
     return frozenset({"cost.params", "cost.macs"} | (set() if config.searcher.kind == "fixed" else {PROXY}))
+
+
+def obeying(table: Mapping[str, Any], limits: Budget) -> Mapping[str, Any]:
+    """Upper limits on cost in search's budget (the target's, say) cap the candidates; the section's own cap wins."""
+    try:
+        kind = type_of(FOLDER, Searcher, table.get("kind", "fixed"))  # type: ignore[type-abstract]
+    except InputError:
+        return table  # parsing the section says what is wrong with its kind
+    caps = {limit.metric: limit.at_most for limit in limits if limit.at_most is not None}
+    known = {field: caps[metric] for metric, field in _CAPS.items() if metric in caps and field in kind.model_fields}
+    return {**known, **table}
 
 
 def run(files: Files, config: Config, ctx: Context) -> Result:

@@ -71,8 +71,13 @@ def versions(distributions: Sequence[str]) -> dict[str, str]:
 
 
 def data_digest(files: Sequence[Path], root: Path, memo: Path) -> str:
-    """Digest of the data files' names and bytes. `memo` remembers digests by path, size and time of change."""
+    """Digest of the data files' names and bytes. `memo` remembers digests by path, size and time of change.
+
+    Names are relative to the data root, or to the folder that holds all files that lie elsewhere: a file that moves
+    from one class folder to another changes the digest, a data set that moves as a whole does not.
+    """
     known = _read_memo(memo)
+    elsewhere = _common([path for path in files if not path.is_relative_to(root)])
     fresh: dict[str, list[object]] = {}
     rows = []
     for path in files:
@@ -81,11 +86,18 @@ def data_digest(files: Sequence[Path], root: Path, memo: Path) -> str:
         entry = known.get(str(path))
         sha = str(entry[2]) if entry is not None and list(entry[:2]) == mark else file_digest(path)
         fresh[str(path)] = [*mark, sha]
-        name = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
+        name = path.relative_to(root if path.is_relative_to(root) else elsewhere)
         rows.append([name.as_posix(), sha])
     if any(known.get(path) != entry for path, entry in fresh.items()):
         _write_memo(memo, {**known, **fresh})
     return digest(["data", *sorted(rows)])
+
+
+def with_folders(files: Sequence[Path]) -> tuple[str, ...]:
+    """The files and every folder between them and the one that holds them all, whose times tell of new files."""
+    top = _common(files)
+    folders = {parent for path in files for parent in path.parents if parent.is_relative_to(top)}
+    return tuple(sorted(str(path) for path in {*files, *folders}))
 
 
 def marks(files: Iterable[str]) -> dict[str, list[int]]:
@@ -98,6 +110,10 @@ def marks(files: Iterable[str]) -> dict[str, list[int]]:
             continue
         found[name] = [stat.st_size, stat.st_mtime_ns]
     return found
+
+
+def _common(files: Sequence[Path]) -> Path:
+    return Path(os.path.commonpath([path.parent for path in files])) if files else Path()
 
 
 def _read_memo(memo: Path) -> Mapping[str, list[object]]:

@@ -22,7 +22,17 @@ from pipeline.core.target import Target
 from pipeline.engine import fingerprint, pages, sections
 from pipeline.engine.step import Plan, Step
 
-_LIBRARIES = ("torch", "numpy", "onnx", "onnxruntime", "torch-pruning", "torchvision", "safetensors", "pydantic")
+_LIBRARIES = (
+    "torch",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "torch-pruning",
+    "torchvision",
+    "safetensors",
+    "pydantic",
+    "pillow",
+)
 
 
 def plan(draft: Draft, target: str | None, runs: Path, data_root: Path) -> Plan:
@@ -80,7 +90,7 @@ def _remembered(memo: Path) -> Plan | None:
 
 
 def _remember(memo: Path, plan_: Plan, files: Sequence[Path]) -> None:
-    marks = fingerprint.marks(str(path) for path in files)
+    marks = fingerprint.marks(fingerprint.with_folders(files))
     part = memo.with_name(f"{memo.name}.{os.getpid()}")
     try:
         memo.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +113,7 @@ def _fresh(draft: Draft, page: Target, runs: Path, data_root: Path, memo: Path) 
     task_dump = {} if task is None else task.model_dump(mode="json")
     planned = []
     for name in ORDER:
-        section = sections.plan_section(name, stages[name], task, task_dump, draft, findings)
+        section = sections.plan_section(name, stages[name], budget[name], task, draft, findings)
         if section is not None:
             planned.append(section)
     if len(planned) == len(ORDER):

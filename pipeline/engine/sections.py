@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pipeline.core.errors import BadInput, nearest
+from pipeline.core.gate import Budget
 from pipeline.core.spec import At, Draft
 from pipeline.engine import fingerprint, pages
 from pipeline.engine.step import Attempt, Bisect
@@ -46,10 +47,22 @@ def data_files(task: Any, root: Path) -> tuple[Path, ...]:
 
 
 def plan_section(
-    name: str, table: Mapping[str, Any], task: Any, task_dump: Mapping[str, Any], draft: Draft, findings: list[str]
+    name: str,
+    table: Mapping[str, Any],
+    limits: Budget,
+    task: Any,
+    draft: Draft,
+    findings: list[str],
 ) -> Section | None:
-    """Parse a stage's section and every attempt in it; findings are appended, None means there were some."""
+    """Parse a stage's section and every attempt in it; findings are appended, None means there were some.
+
+    A stage module with `obeying(table, limits)` gets the limits that it must keep while it works (a searcher's cap on
+    cost), and returns its section with them filled in, so that they are part of the cache key.
+    """
     module = pages.stage(name)
+    task_dump = {} if task is None else task.model_dump(mode="json")
+    if hasattr(module, "obeying"):
+        table = module.obeying(table, limits)
     at = ("stages", name)
     before = len(findings)
     base = {key: value for key, value in table.items() if key not in _ENGINE_KEYS}
@@ -83,7 +96,7 @@ def plan_section(
         attempts=tuple(attempts),
         bisect=bisect,
         measures=measures,
-        libraries=fingerprint.versions(module.LIBRARIES),
+        libraries=fingerprint.versions((*module.LIBRARIES, *_readers(task))),
         **engine,
     )
 
@@ -115,6 +128,12 @@ def sentences(error: ValidationError, owner: type[BaseModel], at: At, draft: Dra
             shown = "" if isinstance(got, Mapping) or repr(got) in message else f"; got {got!r:.80}"
             found.append(f"{place}: {message}{shown}")
     return list(dict.fromkeys(found))
+
+
+def _readers(task: Any) -> tuple[str, ...]:
+    """Distributions that turn the data's bytes into pixels."""
+    found: tuple[str, ...] = () if task is None else task.data.LIBRARIES
+    return found
 
 
 def method_modules(value: object) -> list[str]:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,7 +60,12 @@ class Source:
 
 
 class Dataset(Method):
-    """A data set on local files. `files` is cheap and complete: the cache key covers exactly these files' bytes."""
+    """A data set on local files. `files` is cheap and complete: the cache key covers exactly these files' bytes.
+
+    `LIBRARIES` are distributions that decode the files; their versions are part of the cache key.
+    """
+
+    LIBRARIES: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def files(self, root: Path) -> tuple[Path, ...]:

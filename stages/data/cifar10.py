@@ -1,6 +1,7 @@
 """CIFAR-10 from the official binary files, or from lossless sheets."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ class Cifar10(Dataset):
     100 x 100 tiles, and `labels.npz`; there the images whose pixels are not the original ones are kept at their place
     and flagged as inexact. Both are in file order. `original = false` reads other images in the same formats.
     """
+
+    LIBRARIES: ClassVar[tuple[str, ...]] = ("pillow",)
 
     original: bool = True
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ class Folder(Dataset):
     `train/` and `test/`, the share `test` becomes the test part: stratified, groups whole, drawn by `split_seed`.
     Hidden files are passed over; any other file that is no picture is refused.
     """
+
+    LIBRARIES: ClassVar[tuple[str, ...]] = ("pillow",)
 
     path: str = Field(min_length=1)
     size: int | None = Field(default=None, ge=4, le=1024)

@@ -1,6 +1,7 @@
 """German traffic signs, 32x32, from one lossless sheet; split by track."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ class Gtsrb(Dataset):
     the car nears it; its frames are near-duplicates, so both the test part and every later cut go by track (`groups`).
     The official test set is not here; numbers do not compare with its leaderboard.
     """
+
+    LIBRARIES: ClassVar[tuple[str, ...]] = ("pillow",)
 
     original: bool = True
 
