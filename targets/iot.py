@@ -7,17 +7,14 @@ build that cannot fit should not need a board to say so.
 from pipeline.core.gate import Limit
 from pipeline.core.target import Target
 
-# ARM has no 16-bit saturation to avoid, so weights use all 8 bits.
-INT8 = {"pass": "qdq_int8_cpu", "reduce_range": False}
-
 TARGET = Target(
     name="iot",
     summary="int8 in at most 1 MiB, on onnxruntime or its small build; speed settled on the board",
     sections={
         "export": {
             "precisions": {
-                "int8": ["fold_constants", INT8, "ort_format"],
-                "int8_kept": ["fold_constants", {**INT8, "keep": ["first", "last"]}, "ort_format"],
+                "int8": ["fold_constants", "qdq_int8_cpu", "ort_format"],
+                "int8_kept": ["fold_constants", {"pass": "qdq_int8_cpu", "keep": ["first", "last"]}, "ort_format"],
             },
             "attempts": [{"precision": "int8"}, {"precision": "int8_kept"}],
             "runtime": "onnxruntime",

@@ -7,17 +7,14 @@ Speed and memory are owed: `finish` measures them on the board. The graph's answ
 from pipeline.core.gate import Limit
 from pipeline.core.target import Target
 
-# ARM has no 16-bit saturation to avoid, so weights use all 8 bits.
-INT8 = {"pass": "qdq_int8_cpu", "reduce_range": False}
-
 TARGET = Target(
     name="raspberry_pi",
     summary="int8 (else float32) on onnxruntime, 64-bit ARM; speed settled on the board",
     sections={
         "export": {
             "precisions": {
-                "int8": ["fold_constants", INT8, "ort_format"],
-                "int8_kept": ["fold_constants", {**INT8, "keep": ["first", "last"]}, "ort_format"],
+                "int8": ["fold_constants", "qdq_int8_cpu", "ort_format"],
+                "int8_kept": ["fold_constants", {"pass": "qdq_int8_cpu", "keep": ["first", "last"]}, "ort_format"],
                 "fp32": ["fold_constants", "ort_format"],
             },
             "attempts": [{"precision": "int8"}, {"precision": "int8_kept"}, {"precision": "fp32"}],

@@ -71,13 +71,13 @@ def images(count: int, seed: int = 1, channels: int = 1) -> Array:
 
 def make_bundle(
     folder: Path,
-    model: bytes | None = None,
+    graph: bytes | None = None,
     probes: Array | None = None,
     extra: dict[str, bytes] | None = None,
     **over: Any,
 ) -> Path:
     """A bundle as `build` writes one; `over` replaces fields of its manifest."""
-    data = tiny() if model is None else model
+    data = tiny() if graph is None else graph
     inputs = images(12, seed=5) if probes is None else probes
     name = str(over.get("model", "model.onnx"))
     stream = io.BytesIO()

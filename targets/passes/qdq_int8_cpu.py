@@ -26,7 +26,8 @@ def lower(model: onnx.ModelProto, options: Mapping[str, Any], kit: Kit) -> onnx.
 
     x86 without VNNI adds pairs of products in 16 bits and saturates, silently: 2 x 255 x 127 > 2^15 - 1, while
     2 x 255 x 64 fits. With 7 bits the file computes the same on every processor and in anybody's session, with the fast
-    kernels. With 8 bits it does so only in sessions that set `session.x64quantprecision`, as `runtime/ort.py` does.
+    kernels. With 8 bits it does so only in sessions that set `session.x64quantprecision`, as `runtime/ort.py` does,
+    and not in an `.ort` file, which is past the rewrite that this setting asks for.
     """
     asked = read_options("qdq_int8_cpu", options, {"keep": [], "reduce_range": True})
     made = quantise(model, kit, QuantType.QUInt8, OPERATORS, asked["keep"], {}, asked["reduce_range"])
