@@ -18,6 +18,7 @@ from pipeline.core.record import RunRecord
 from pipeline.engine.build import Built, build
 from pipeline.engine.plan import plan
 from pipeline.engine.step import Plan
+from pipeline.engine.store import Store
 
 _WIDEST = 120
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -51,6 +52,7 @@ def execute(args: argparse.Namespace, approve: Callable[[Plan], None] = lambda _
         os.environ.update(dict.fromkeys(_THREADS, str(args.threads)))
     runs, data_root = roots(args)
     with _interruptible():
+        Store(runs / "store")  # one that we cannot use is refused before planning writes into it
         made = plan(draft_of(args), args.target, runs, data_root)
         approve(made)
         with screen(args.quiet) as listener:

@@ -107,6 +107,16 @@ def test_runs_in_a_file_is_exit_2(tmp_path: Path) -> None:
     assert "cannot write" in done.stderr
 
 
+def test_a_newer_store_is_exit_2_and_untouched(tmp_path: Path) -> None:
+    marker = tmp_path / "runs" / "store" / "store.json"
+    marker.parent.mkdir(parents=True)
+    marker.write_text('{"schema_version": 2}')
+    done = temper(plan(), tmp_path)
+    assert done.returncode == 2
+    assert "a newer Temper wrote this store" in done.stderr
+    assert [path.name for path in (tmp_path / "runs").rglob("*") if path.is_file()] == ["store.json"]
+
+
 def test_threads_are_set_before_anything_reads_them_and_recorded(tmp_path: Path) -> None:
     done = subprocess.run(
         command(plan(), tmp_path, "--threads", "3"),

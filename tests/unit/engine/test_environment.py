@@ -42,5 +42,7 @@ def test_threads_are_those_asked_for() -> None:
     code = "from pipeline.engine.environment import environment; print(environment([])['threads'])"
     for threads in ("1", "3"):
         env = {**os.environ, "OMP_NUM_THREADS": threads}
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=env)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=env
+        )
         assert done.stdout.strip() == threads
