@@ -89,7 +89,8 @@ class _Build:
         return self._finish(record, refused)
 
     def _finish(self, record: RunRecord, refused: GateRefused | None) -> Built:
-        files = self.store.open(record.chosen()[-1].artifact.files)
+        # Of all stages, so that a report made now shows what one made later from the record would; the latest wins.
+        files = self.store.open({n: found for stage in record.chosen() for n, found in stage.artifact.files.items()})
         texts = {name: render(record, files) for name, render in self.reports.items()}
         with self.store.lock(f"run-{self.folder.name}", f"run {self.folder.name}"):
             for name, text in texts.items():

@@ -63,7 +63,7 @@ def _refusal(record: RunRecord, name: str) -> str:
 
 def method(config: Mapping[str, Any]) -> str:
     """The method that a stage's section names."""
-    for key in ("kind", "method", "recipe", "precision"):
+    for key in ("kind", "searcher", "compressor", "recipe", "precision"):
         value = config.get(key)
         if isinstance(value, Mapping):
             value = value.get("kind")
@@ -132,7 +132,7 @@ def _strength(attacks: Sequence[Mapping[str, Any]]) -> str:
     rule = '"Standard" means the reference settings of the published attack; anything lighter is called quick. '
     if not attacks:
         return rule + "Take an attack for quick unless the record says that its settings were the standard ones."
-    if all(row.get("standard") is True or row.get("strength") == "standard" for row in attacks):
+    if all(row.get("label") == "standard" for row in attacks):
         return rule + "Every attack in this run had its standard settings."
     return rule + (
         "Attacks in this run were quick ones: good for telling two builds apart, too weak for a claim beside published "

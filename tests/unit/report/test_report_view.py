@@ -129,7 +129,7 @@ def test_strength_is_called_standard_only_where_every_attack_says_so(tmp_path: P
     assert "were quick ones" in dict(view(sample.passed(), tmp_path).meaning)["Strength of the attacks"]
     data = json.loads((tmp_path / "figures.json").read_text())
     for row in data["attacks"]:
-        row["standard"] = True
+        row["label"] = "standard"
     (tmp_path / "figures.json").write_text(json.dumps(data))
     assert "had its standard settings" in dict(view(sample.passed(), tmp_path).meaning)["Strength of the attacks"]
 
