@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli.options import draft_of, line_options, roots
+from pipeline.core.gate import Verdict, judge
+from pipeline.core.measurement import Measurement
+from pipeline.engine.attempts import choice, following
 from pipeline.engine.plan import plan
 from pipeline.engine.step import Plan, Step
-from pipeline.engine.store import Store
+from pipeline.engine.store import Outcome, Store
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,23 +33,40 @@ def _lines(made: Plan, store: Store, before: Plan | None) -> list[str]:
     """One line a stage. Past the first stage that would run, the inputs are unknown and nothing more can be said."""
     lines = []
     inputs: dict[str, str] | None = {}
+    baseline: dict[str, Measurement] = {}
     for step in made.steps:
         limits = f"{len(step.budget)} limit{'s' if len(step.budget) != 1 else ''}"
-        outcome = None
-        if inputs is not None and step.bisect is None:
-            keys = [step.key(a, made.spec.task, made.data_digest, inputs) for a in step.attempts]
-            found = [store.find(key) for key in keys]
-            outcome = next((o for o in found if o is not None), None)
-        if outcome is not None:
-            known = sum(o is not None for o in found)
-            tried = "" if len(found) == 1 else f" ({known} of {len(found)} attempts known)"
-            lines.append(f"  {step.name:<9} reused{tried}, {limits}")
-            inputs = dict(outcome.artifact.files) if len(found) == 1 else None
+        if inputs is None:
+            lines.append(f"  {step.name:<9} runs: an earlier stage runs; {_shape(step)}, {limits}")
             continue
-        why = "an earlier stage runs" if inputs is None else _why(step, made, before)
-        lines.append(f"  {step.name:<9} runs: {why}; {_shape(step)}, {limits}")
-        inputs = None
+        tried, known = _follow(step, made, store, inputs, baseline)
+        if not known:
+            begun = f" after {len(tried)} known attempts" if tried else ""
+            lines.append(f"  {step.name:<9} runs{begun}: {_why(step, made, before)}; {_shape(step)}, {limits}")
+            inputs = None
+            continue
+        verdicts = [verdict for _, verdict in tried]
+        chosen = choice(verdicts, step.budget)
+        refused = "" if verdicts[chosen].passed else "; its gate refuses: " + verdicts[chosen].refusals[0].text
+        lines.append(f"  {step.name:<9} reused, {limits}{refused}")
+        if refused:
+            return lines
+        baseline |= {m.name: m for m in tried[chosen][0].measurements}
+        inputs = dict(tried[chosen][0].artifact.files)
     return lines
+
+
+def _follow(
+    step: Step, made: Plan, store: Store, inputs: dict[str, str], baseline: dict[str, Measurement]
+) -> tuple[list[tuple[Outcome, Verdict]], bool]:
+    """The attempts whose outcomes are stored, judged as the line would; False where the next one is not."""
+    tried: list[tuple[Outcome, Verdict]] = []
+    while (attempt := following(step, [verdict for _, verdict in tried])) is not None:
+        outcome = store.find(step.key(attempt, made.spec.task, made.data_digest, inputs))
+        if outcome is None:
+            return tried, False
+        tried.append((outcome, judge(outcome.measurements, step.budget, baseline, outcome.findings)))
+    return tried, True
 
 
 def _shape(step: Step) -> str:

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from pipeline.core.canonical import digest, file_digest
+from pipeline.engine.disk import write_atomic
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 ROOTS = ("pipeline", "stages", "targets")
@@ -89,7 +90,7 @@ def data_digest(files: Sequence[Path], root: Path, memo: Path) -> str:
         name = path.relative_to(root if path.is_relative_to(root) else elsewhere)
         rows.append([name.as_posix(), sha])
     if any(known.get(path) != entry for path, entry in fresh.items()):
-        _write_memo(memo, {**known, **fresh})
+        write_atomic(memo, json.dumps({**known, **fresh}, sort_keys=True).encode())
     return digest(["data", *sorted(rows)])
 
 
@@ -122,14 +123,6 @@ def _read_memo(memo: Path) -> Mapping[str, list[object]]:
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
-
-
-def _write_memo(memo: Path, rows: Mapping[str, list[object]]) -> None:
-    # A memo only saves time, so losing a race or the file does no harm; the rename keeps readers from half a file.
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    part = memo.with_name(f"{memo.name}.{os.getpid()}")
-    part.write_text(json.dumps(rows, sort_keys=True), encoding="utf-8")
-    part.replace(memo)
 
 
 def _is_ours(module: str) -> bool:

@@ -6,7 +6,6 @@ spec is planned without torch.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.core.canonical import derive_seed, digest
-from pipeline.core.errors import BadInput, SpecError, nearest
+from pipeline.core.errors import SpecError, nearest
 from pipeline.core.gate import Budget, Limit
 from pipeline.core.spec import SECTIONS, Draft, Spec
 from pipeline.core.stage import ORDER
 from pipeline.core.target import Target
 from pipeline.engine import fingerprint, pages, sections
+from pipeline.engine.disk import write_atomic
 from pipeline.engine.step import Plan, Step
 
 _LIBRARIES = (
@@ -91,15 +91,7 @@ def _remembered(memo: Path) -> Plan | None:
 
 def _remember(memo: Path, plan_: Plan, files: Sequence[Path]) -> None:
     marks = fingerprint.marks(fingerprint.with_folders(files))
-    part = memo.with_name(f"{memo.name}.{os.getpid()}")
-    try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({"files": marks, "plan": plan_.dump()}), encoding="utf-8")
-        part.replace(memo)
-    except OSError as error:
-        raise BadInput(
-            f"{memo.parent}: cannot be written: {error.strerror}; choose another place with --runs"
-        ) from None
+    write_atomic(memo, json.dumps({"files": marks, "plan": plan_.dump()}).encode())
 
 
 def _fresh(draft: Draft, page: Target, runs: Path, data_root: Path, memo: Path) -> Plan:
