@@ -1,6 +1,6 @@
 """The table of ONNX operators that a torch twin can have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import torch
@@ -104,13 +104,26 @@ OPERATORS: dict[str, Operator] = {
 }
 
 
-def objection(operator: str, attributes: Attributes) -> str | None:
-    """Why a node with these attributes has no twin although its operator is in the table; None where it has one."""
+def objection(operator: str, attributes: Attributes, constants: Sequence[Tensor | None]) -> str | None:
+    """Why a node has no twin although its operator is in the table; None where it has one.
+
+    `constants` holds the node's inputs in order, None for those that are computed.
+    """
     if operator == "BatchNormalization" and attributes.get("training_mode", 0):
+        return "it is in training mode; export the network in eval mode"
+    if operator == "Dropout" and len(constants) > 2 and (constants[2] is None or bool(constants[2])):
         return "it is in training mode; export the network in eval mode"
     automatic = attributes.get("auto_pad", b"NOTSET").decode()
     if automatic not in {"NOTSET", "VALID"}:
         return f"auto_pad is {automatic}; export with explicit pads"
+    if operator == "AveragePool" and max(attributes.get("dilations", [1])) > 1:
+        return "its window has holes (dilations above 1)"
     if operator == "Cast" and not shapes.castable(attributes["to"]):
         return f"ONNX type {attributes['to']}; expected a float, an integer of 32 or 64 bits, or a bool"
+    if operator in {"QuantizeLinear", "DequantizeLinear"} and attributes.get("block_size", 0):
+        return "it has one scale per block; quantise per tensor or per channel"
+    if operator == "QuantizeLinear" and len(constants) > 2:
+        zero = constants[2]
+        if zero is None or zero.dtype not in values.RANGES:
+            return "expected a constant zero point of type int8 or uint8"
     return None

@@ -23,7 +23,8 @@ def castable(number: int) -> bool:
 def cast(a: Attributes, x: Tensor) -> Tensor:
     if a["to"] in _HALVES:
         # Straight through: a gradient cast to half precision would underflow to zero.
-        return x.float() + (x.to(_HALVES[a["to"]]).float() - x.float()).detach()
+        x, rounded = x.float(), x.to(_HALVES[a["to"]]).float()
+        return torch.where(x.isfinite(), x + (rounded - x).detach(), rounded)
     return x.to(_TYPES[a["to"]])
 
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.method import InputError
 from stages.nn import _fake_quant
 
 Attributes = Mapping[str, Any]
-_RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
+RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 _LEAST = {"MaxPool": float("-inf"), "Conv": 0.0, "AveragePool": 0.0}
 
 
@@ -53,13 +52,16 @@ def max_pool(a: Attributes, x: Tensor) -> Tensor:
 
 
 def average_pool(a: Attributes, x: Tensor) -> Tensor:
-    sides, counted = len(a["kernel_shape"]), bool(a.get("count_include_pad", 0))
-    if not counted and _uneven(a, sides):
-        raise InputError("AveragePool with uneven pads that do not count; pad evenly or set count_include_pad")
-    x, pads = _padded("AveragePool", a, x, sides)
-    run: Callable[..., Tensor] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[sides - 1]
-    ceil = bool(a.get("ceil_mode", 0))
-    return run(x, a["kernel_shape"], a.get("strides", [1] * sides), pads, ceil, counted)
+    sides, ceil = len(a["kernel_shape"]), bool(a.get("ceil_mode", 0))
+    padded, pads = _padded("AveragePool", a, x, sides)
+    pool: Callable[..., Tensor] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[sides - 1]
+    strides, counted = a.get("strides", [1] * sides), bool(a.get("count_include_pad", 0))
+    y = pool(padded, a["kernel_shape"], strides, pads, ceil, counted)
+    if counted or padded is x:
+        return y
+    # Pads written into the input were averaged too: divide by the share of the window that was image.
+    image, _ = _padded("AveragePool", a, torch.ones_like(x[:1, :1]), sides)
+    return y / pool(image, a["kernel_shape"], strides, pads, ceil, counted)
 
 
 def global_average_pool(a: Attributes, x: Tensor) -> Tensor:
@@ -126,7 +128,7 @@ def reduce_l2(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
 
 
 def quantize_linear(a: Attributes, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-    low, high = _RANGES[torch.uint8 if zero is None else zero.dtype]
+    low, high = RANGES[torch.uint8 if zero is None else zero.dtype]
     scale, shift = _per_axis(a, x, scale, zero)
     return _fake_quant.quantize(x, scale, shift, low, high)
 
@@ -160,9 +162,11 @@ def _uneven(a: Attributes, sides: int) -> bool:
 
 
 def _padded(operator: str, a: Attributes, x: Tensor, sides: int) -> tuple[Tensor, Sequence[int]]:
-    """The input and the symmetric pads that torch takes; uneven pads are written into the input."""
+    """The input and the symmetric pads that torch takes; others are written into the input."""
     pads: Sequence[int] = a.get("pads", [0] * 2 * sides)
-    if not _uneven(a, sides):
+    # torch's pooling refuses pads beyond half of its kernel, so those are written into the input too.
+    wide = operator != "Conv" and any(2 * pad > size for pad, size in zip(pads, a["kernel_shape"], strict=False))
+    if not wide and not _uneven(a, sides):
         return x, pads[:sides]
     pairs = [side for axis in reversed(range(sides)) for side in (pads[axis], pads[sides + axis])]
     return F.pad(x, pairs, value=_LEAST[operator]), [0] * sides

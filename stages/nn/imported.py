@@ -24,6 +24,7 @@ from stages.nn._onnx_ops import OPERATORS, Operator, objection
 from stages.nn._onnx_tidy import fold_constants
 
 _OLDEST = 13
+_SMALL = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +83,14 @@ def imported(source: Path | bytes) -> Twin:
         raise InputError(f"{where}: cannot be read: {error.strerror}") from error
     except (DecodeError, onnx.checker.ValidationError) as error:
         raise InputError(f"{where}: expected an ONNX model, got: {error}") from error
-    _supported(model, where)
     fold_constants(model)
+    _supported(model, where)
     return Twin(model).eval()
 
 
 def _supported(model: onnx.ModelProto, where: str) -> None:
     graph = model.graph
-    constants = {tensor.name for tensor in graph.initializer}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
     inputs = [value.name for value in graph.input if value.name not in constants]
     if len(inputs) != 1 or len(graph.output) != 1:
         raise InputError(f"{where}: expected one input and one output, got {len(inputs)} and {len(graph.output)}")
@@ -97,14 +98,15 @@ def _supported(model: onnx.ModelProto, where: str) -> None:
     if opset < _OLDEST:
         raise InputError(f"{where}: expected opset {_OLDEST} or newer, got {opset}; convert it with onnx's converter")
     for node in graph.node:
-        if node.op_type == "Constant" and node.domain in {"", "ai.onnx"}:
-            continue
         reason: str | None
         if node.op_type not in OPERATORS or node.domain not in {"", "ai.onnx"}:
             close = difflib.get_close_matches(node.op_type, OPERATORS, n=1)
             reason = f"nearest is {close[0]}" if close else "nothing like it is in the table"
         else:
-            reason = objection(node.op_type, _attributes(node))
+            # Large constants are weights; what can be objected to is in the small ones.
+            known = [constants.get(name) for name in node.input]
+            small = [None if t is None or len(t.raw_data) > _SMALL else _tensor(t) for t in known]
+            reason = objection(node.op_type, _attributes(node), small)
         if reason is not None:
             raise InputError(
                 f'{where}: node "{node.name}": operator {node.domain}{node.op_type} has no torch twin: {reason}; '
@@ -134,6 +136,8 @@ def _last_uses(node: onnx.NodeProto, position: int, last: Mapping[str, int], kee
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    if node.op_type == "Split" and len(node.input) < 2:
+        found.setdefault("num_outputs", len(node.output))  # before opset 18 the outputs themselves say so
     return {name: _tensor(value) if isinstance(value, onnx.TensorProto) else value for name, value in found.items()}
 
 
