@@ -19,7 +19,11 @@ EXACT = True
 
 
 def lower(model: onnx.ModelProto, options: Mapping[str, Any], kit: Kit) -> onnx.ModelProto:
-    """No options. Raises `LoweringError` where the file, loaded again, disagrees with the graph by more than 1e-3."""
+    """No options. Raises `LoweringError` where the file, loaded again, disagrees with the graph.
+
+    Float32 sums come in another order (1e-3 of the largest logit at most); in front of a Quantize node that can turn a
+    rounding the other way, which moves an activation by a whole step (5e-2 at most).
+    """
     read_options("ort_format", options, {})
     target = kit.work / "model.ort"
     wanted = onnxruntime.SessionOptions()
@@ -33,7 +37,8 @@ def lower(model: onnx.ModelProto, options: Mapping[str, Any], kit: Kit) -> onnx.
     images = kit.calibration[:16]
     expected, got = (OrtEngine(graph)(images) for graph in (model.SerializeToString(), data))
     gap, scale = float(np.abs(expected - got).max()), float(np.abs(expected).max())
-    if not gap <= 1e-3 * max(1.0, scale):
+    share = 5e-2 if any(node.op_type == "QuantizeLinear" for node in model.graph.node) else 1e-3
+    if not gap <= share * max(1.0, scale):
         raise LoweringError(f'pass "ort_format": the .ort file differs from the graph by {gap:.3g} in a logit')
     kit.extras[".ort"] = data
     return model

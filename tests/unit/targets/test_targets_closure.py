@@ -9,18 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "targets" / "runtime").glob("*.py"))
-HEAVY = (
-    "pydantic",
-    "onnx",
-    "torch",
-    "fastapi",
-    "PIL",
-    "tensorrt",
-    "tensorrt_rtx",
-    "pipeline.core",
-    "targets.passes",
-    "rich",
-)
+HEAVY = ("pydantic", "onnx", "torch", "fastapi", "PIL", "tensorrt", "tensorrt_rtx", "pipeline.core", "rich")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
