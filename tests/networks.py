@@ -1,6 +1,6 @@
 """Networks for tests: every builder at a small size, with batch statistics that look trained."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime
@@ -12,6 +12,7 @@ from stages.method import names
 from stages.nn.arch import BUILDERS, Arch
 
 Shape = tuple[int, int, int]
+Net = TypeVar("Net", bound=nn.Module)
 
 # Small options where a builder's defaults are too large for a test; any other builder is tested with its defaults.
 _SMALL: dict[str, dict[str, Any]] = {
@@ -37,7 +38,7 @@ def arch(builder: str, shape: Shape = (3, 32, 32), **options: Any) -> Arch:
     )
 
 
-def lived_in(net: nn.Module, seed: int = 0) -> nn.Module:
+def lived_in(net: Net, seed: int = 0) -> Net:
     """Give normalisations statistics, and biases values, as training would; in eval mode."""
     rng = seeding.generator(seed, "lived in")
     for module in net.modules():

@@ -61,8 +61,8 @@ def _check(wanted: dict[str, Tensor], got: dict[str, Tensor], where: Path) -> No
             f"{where}: these are weights of another architecture; missing {missing[:3]} ({len(missing)} in all), "
             f"not expected {foreign[:3]} ({len(foreign)} in all)"
         )
-    for name, tensor in got.items():
-        expected = wanted[name]
+    for name, expected in wanted.items():
+        tensor = got[name]
         if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
             raise InputError(
                 f"{where}: {name}: expected {expected.dtype} {tuple(expected.shape)}, "

@@ -25,6 +25,7 @@ from stages.nn._onnx_tidy import fold_constants
 
 _OLDEST = 13
 _SMALL = 1 << 16
+_DOMAINS = ("", "ai.onnx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,35 +84,45 @@ def imported(source: Path | bytes) -> Twin:
         raise InputError(f"{where}: cannot be read: {error.strerror}") from error
     except (DecodeError, onnx.checker.ValidationError) as error:
         raise InputError(f"{where}: expected an ONNX model, got: {error}") from error
+    _readable(model, where)
     fold_constants(model)
-    _supported(model, where)
+    _unobjectionable(model, where)
     return Twin(model).eval()
 
 
-def _supported(model: onnx.ModelProto, where: str) -> None:
+def _readable(model: onnx.ModelProto, where: str) -> None:
+    """One image in, logits out, a current opset, and operators of the table only."""
     graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
+    constants = {tensor.name for tensor in graph.initializer}
     inputs = [value.name for value in graph.input if value.name not in constants]
     if len(inputs) != 1 or len(graph.output) != 1:
         raise InputError(f"{where}: expected one input and one output, got {len(inputs)} and {len(graph.output)}")
-    opset = max((entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"}), default=0)
+    opset = max((entry.version for entry in model.opset_import if entry.domain in _DOMAINS), default=0)
     if opset < _OLDEST:
         raise InputError(f"{where}: expected opset {_OLDEST} or newer, got {opset}; convert it with onnx's converter")
     for node in graph.node:
-        reason: str | None
-        if node.op_type not in OPERATORS or node.domain not in {"", "ai.onnx"}:
+        if node.domain not in _DOMAINS or node.op_type not in {*OPERATORS, "Constant"}:
             close = difflib.get_close_matches(node.op_type, OPERATORS, n=1)
-            reason = f"nearest is {close[0]}" if close else "nothing like it is in the table"
-        else:
-            # Large constants are weights; what can be objected to is in the small ones.
-            known = [constants.get(name) for name in node.input]
-            small = [None if t is None or len(t.raw_data) > _SMALL else _tensor(t) for t in known]
-            reason = objection(node.op_type, _attributes(node), small)
+            raise _no_twin(where, node, f"nearest is {close[0]}" if close else "nothing like it is in the table")
+
+
+def _unobjectionable(model: onnx.ModelProto, where: str) -> None:
+    """Attributes and small constants (zero points, flags) are such that the table's operators compute them."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        known = [constants.get(name) for name in node.input]
+        small = [None if tensor is None or tensor.ByteSize() > _SMALL else _tensor(tensor) for tensor in known]
+        reason = objection(node.op_type, _attributes(node), small)
         if reason is not None:
-            raise InputError(
-                f'{where}: node "{node.name}": operator {node.domain}{node.op_type} has no torch twin: {reason}; '
-                "replace it in the graph, or add it to stages/nn/_onnx_ops.py"
-            )
+            raise _no_twin(where, node, reason)
+
+
+def _no_twin(where: str, node: onnx.NodeProto, reason: str) -> InputError:
+    name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+    return InputError(
+        f'{where}: node "{node.name}": operator {name} has no torch twin: {reason}; '
+        "replace it in the graph, or add it to stages/nn/_onnx_ops.py"
+    )
 
 
 def _steps(graph: onnx.GraphProto) -> tuple[_Step, ...]:

@@ -98,7 +98,8 @@ def test_trains(layer: str, rewrites: list[dict[str, Any]], macs: int) -> None:
 @pytest.mark.parametrize("layer", names(LAYERS))
 def test_the_wrong_kind_of_module_is_refused(layer: str) -> None:
     like = importlib.import_module(f"{LAYERS}.{layer}").like
-    options = {"gdws_conv": {"channels": [0]}, "normalize": {"channels": 1}}.get(layer, {"outputs": 4})
+    given: dict[str, dict[str, Any]] = {"gdws_conv": {"channels": [0]}, "normalize": {"channels": 1}}
+    options = given.get(layer, {"outputs": 4})
     with pytest.raises(InputError, match="expected"):
         like(nn.Bilinear(2, 2, 2), **options)
     with pytest.raises(TypeError):
