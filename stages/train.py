@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.core.canonical import canonical
 from pipeline.core.measurement import exact
@@ -89,7 +89,10 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
     _atomic.write(out / "training.json", canonical(rows))
     net = model.net.to(ctx.device)
     x, y = holdout.images.to(ctx.device), holdout.labels.to(ctx.device)
-    clean, clean_bits = accuracy("accuracy.clean.holdout", correct(net, x, y), holdout.indices)
+    hits = correct(net, x, y)
+    if (text := _stuck(hits, y)) is not None:
+        ctx.emit("note", {"text": text})
+    clean, clean_bits = accuracy("accuracy.clean.holdout", hits, holdout.indices)
     with frozen(net):
         survived, _ = under_attack(
             net, config.holdout_attack, x, y, task.threat, derive(ctx.seed, "holdout"), on_step=_progress(ctx, "attack")
@@ -136,6 +139,16 @@ def _trained(
     if warning is not None:
         ctx.emit("note", {"text": warning})
     return Model(arch, net)
+
+
+def _stuck(hits: Tensor, y: Tensor) -> str | None:
+    commonest = int(y.bincount().max())
+    if int(hits.sum()) > commonest:
+        return None
+    return (
+        f"the trained network is right on {int(hits.sum())} of {len(y)} held-out images, no more than always answering "
+        "the commonest class; train longer, lower lr, or let eps grow slowly (ramp = 0.5)"
+    )
 
 
 def _given(recipe: Fixed, arch: Path, root: Path) -> Model:

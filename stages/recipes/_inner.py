@@ -53,6 +53,13 @@ def pgd(
         return maximise(cross_entropy(net, y), x, begin, threat, steps, step * threat.eps)
 
 
+def ramped(threat: Threat, progress: float, share: float) -> Threat:
+    """The threat at this point of training: eps grows linearly from 0 over the first `share`, then stays."""
+    if progress >= share:
+        return threat
+    return threat.model_copy(update={"eps": threat.eps * progress / share})
+
+
 def hits(logits: Tensor, y: Tensor) -> Tensor:
     """Share of right answers, as a scalar to log."""
     return (logits.detach().argmax(1) == y).float().mean()

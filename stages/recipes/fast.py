@@ -19,19 +19,20 @@ class NoisyFGSM(Recipe):
 
     cut with the pixel range but *not* projected onto the eps ball: training examples reach up to (noise + alpha) eps.
     For l2 and l1 the noise is uniform in that norm's ball and the step goes along its steepest direction (our
-    extension). `monitor` logs the accuracy under PGD-10: catastrophic overfitting shows as this number falling to 0
-    while the training accuracy rises.
+    extension). `ramp` lets eps grow linearly from 0 over that share of the training. `monitor` logs the accuracy under
+    PGD-10: catastrophic overfitting shows as this number falling to 0 while the training accuracy rises.
     Source: de Jorge et al. 2022, algorithm 1 (N-FGSM; noise 2, alpha 1). Departure: the gradient is taken in eval
     mode, the original takes it in train mode.
     """
 
     noise: float = Field(default=2.0, ge=0)
     alpha: float = Field(default=1.0, gt=0)
+    ramp: float = Field(default=0.0, ge=0, le=1)
 
     def loss(
         self, net: nn.Module, x: Tensor, y: Tensor, threat: Threat, rng: Generator, progress: float
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        del progress
+        threat = _inner.ramped(threat, progress, self.ramp)
         noisy = threat.model_copy(update={"eps": self.noise * threat.eps}).random(x, rng)
         with frozen(net):
             grad = _inner.slope(_inner.cross_entropy(net, y), noisy)

@@ -20,7 +20,8 @@ class Trades(Recipe):
 
     KL(a || b) = sum_k a_k (log a_k - log b_k). In the outer loss the gradient flows through both arguments; in the
     attack p(x) is constant. The attack starts at x + 0.001 N(0, I), because at x itself the gradient of the KL is
-    zero, and takes `steps` steps of `step` * eps in eval mode.
+    zero, and takes `steps` steps of `step` * eps in eval mode. `ramp` lets eps grow linearly from 0 over that share of
+    the training; 0, the published way, is no ramp.
     Source: Zhang et al. 2019, equation 5 and the authors' code (beta 6; 10 steps of 0.007 at eps 0.031, hence the
     default step of 0.25 eps).
     """
@@ -28,11 +29,12 @@ class Trades(Recipe):
     beta: float = Field(default=6.0, ge=0)
     steps: int = Field(default=10, ge=0)
     step: float = Field(default=0.25, gt=0)
+    ramp: float = Field(default=0.0, ge=0, le=1)
 
     def loss(
         self, net: nn.Module, x: Tensor, y: Tensor, threat: Threat, rng: Generator, progress: float
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        del progress
+        threat = _inner.ramped(threat, progress, self.ramp)
         x_adv = self._attack(net, x, threat, rng)
         clean, adversarial = net(x), net(x_adv)
         natural = F.cross_entropy(clean, y)

@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stages.method import load
 from stages.recipes.at import AdversarialTraining
+from stages.recipes.base import FOLDER, Recipe
 from stages.recipes.fast import NoisyFGSM
 from stages.recipes.fixed import Fixed
 from stages.recipes.natural import Natural
 from stages.recipes.trades import Trades, divergence
 from stages.threat import Threat
 
+BASE: type[Recipe] = Recipe  # type: ignore[type-abstract]  # only asked for its subclasses
 LINF = Threat(norm="linf", eps=0.1)
 
 
@@ -196,3 +199,16 @@ def test_the_monitor_of_fast_is_pgd_accuracy() -> None:
     # Exact but for points whose worst corner the pixel range cuts off.
     assert robust <= found["accuracy.pgd"] <= robust + 0.2
     assert found["accuracy.pgd"] < 0.95
+
+
+@pytest.mark.parametrize("kind", ["at", "fast", "trades"])
+def test_a_ramp_lets_eps_grow_linearly(kind: str) -> None:
+    recipe = load(FOLDER, BASE, {"kind": kind, "ramp": 0.5})
+    plain = load(FOLDER, BASE, kind)
+
+    def loss(recipe: Recipe, eps: float, progress: float) -> float:
+        return float(recipe.loss(Scores(), X, _y(0), Threat(norm="linf", eps=eps), _rng(), progress)[0].detach())
+
+    assert loss(recipe, 0.1, 0.0) == pytest.approx(_softplus(-Z), rel=1e-9)
+    assert loss(recipe, 0.1, 0.125) == pytest.approx(loss(plain, 0.025, 0.0), rel=1e-9)
+    assert loss(recipe, 0.1, 0.5) == loss(recipe, 0.1, 0.9) == loss(plain, 0.1, 0.0)

@@ -205,3 +205,11 @@ def test_messages_name_the_users_key() -> None:
     found = {detail["loc"]: detail["msg"] for detail in caught.value.errors()}
     assert found[("score", "epoch")] == 'unknown key; did you mean "epochs"?'
     assert 'no method "nope"' in found[("space",)]
+
+
+def test_a_network_that_learnt_nothing_is_pointed_out(tmp_path: Path, arch: Path) -> None:
+    for epochs, told in ((0, True), (12, False)):
+        events: list[tuple[str, dict[str, object]]] = []
+        config = train.Config.load({"kind": "natural", "epochs": epochs, "holdout_samples": 100})
+        result = train.run({"arch.json": arch}, config, _context(tmp_path / str(epochs), events))
+        assert any("commonest class" in str(data.get("text")) for _, data in events) is told, _numbers(result)

@@ -55,6 +55,7 @@ def test_a_fall_is_told_and_a_rise_is_not() -> None:
     assert text is not None
     assert "accuracy.pgd fell from 0.45 to 0.02 by epoch 2" in text
     assert fallen([{"epoch": 1.0, "loss": 5.0}, {"epoch": 2.0, "loss": 0.1}]) is None
+    assert fallen([{"epoch": float(i), "accuracy.train": value} for i, value in enumerate([0.9, 0.1])]) is None
     assert fallen([]) is None
 
 
