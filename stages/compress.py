@@ -34,6 +34,8 @@ from stages.threat import Threat
 from stages.tuning import sample, tune
 
 LIBRARIES = ("torch", "torch-pruning", "numpy", "safetensors", "pydantic")
+# Named in recipe.json, which is an input and no config.
+READS = (RECIPES,)
 
 
 class Calibration(Value):

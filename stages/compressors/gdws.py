@@ -126,8 +126,13 @@ def joint(found: Mapping[str, _Candidate], total: int, ratio: float, margin: flo
     All atoms are dropped in order of value per cost until the budget is met. A layer counts as dense until its GDWS
     form pays. Raises `InputError` where even one kernel per layer is too much.
     """
+
+    def price(path: str, kernels: int) -> int:
+        one = found[path]
+        return kernels * one.unit if one.pays(kernels, margin) else one.dense
+
     kept = {path: one.values.numel() for path, one in found.items()}
-    spent = total
+    spent = total + sum(price(path, kernels) - found[path].dense for path, kernels in kept.items())
     queue = [
         (float(value) / one.unit, path, atom)
         for path, one in found.items()
@@ -139,13 +144,12 @@ def joint(found: Mapping[str, _Candidate], total: int, ratio: float, margin: flo
     for _, path, atom in queue:
         if spent <= (1 - ratio) * total:
             break
-        one = found[path]
         if kept[path] == 1:
             continue
-        before = kept[path] * one.unit if one.pays(kept[path], margin) else one.dense
+        before = price(path, kept[path])
         kept[path] -= 1
         dropped[path].append(atom)
-        spent += (kept[path] * one.unit if one.pays(kept[path], margin) else one.dense) - before
+        spent += price(path, kept[path]) - before
     if spent > (1 - ratio) * total:
         raise InputError(
             f"gdws.ratio: expected at most {1 - spent / total:.3f}, what separable convolutions can save of the "

@@ -50,9 +50,8 @@ class Prune(Compressor):
         floors = self._floors(model, first)
         total, current = sum(widths.values()), model
         for step in range(1, self.steps + 1):
-            goal = round(total * self.ratio * step / self.steps)
-            removed = total - sum(group.width for group in self._groups(current))
-            pruned = self._step(model, current, goal - removed, widths, floors, bench)
+            keep = total - round(total * self.ratio * step / self.steps)
+            pruned = self._step(model, current, keep, widths, floors, bench)
             if pruned is not None:
                 current = bench.tune(pruned)
         left = sum(group.width for group in self._groups(current))
@@ -75,17 +74,18 @@ class Prune(Compressor):
         self,
         model: Model,
         current: Model,
-        quota: int,
+        keep: int,
         first: Mapping[str, int],
         floors: Mapping[str, int],
         bench: Bench,
     ) -> Model | None:
-        """`current` without about `quota` channels, rebuilt from its architecture; None where nothing can go."""
-        if quota <= 0:
-            return None
+        """`current` with about `keep` channels, rebuilt from its architecture; None where nothing is to go or can."""
         net = copy.deepcopy(current.net)
         graph = Graph(net, _image(current))
         groups = graph.groups()
+        quota = sum(group.width for group in groups) - keep
+        if quota <= 0:
+            return None
         scores = saliency(current.net, groups, bench.adversarial(current.net))
         grains = {root: grain(width, self.round_to) for root, width in first.items()}
         gone = choose({g.root: scores[g.root] for g in groups}, quota, grains, floors)
