@@ -20,7 +20,7 @@ class PGD(Attack):
     The steepest direction is the sign for linf, the gradient divided by its norm for l2, and the one coordinate that
     gains most for l1 (slow for large l1 balls). An example leaves the batch at the first wrong answer. Random starts
     are drawn for the whole batch every time, so that an example's path does not depend on which others are left, and
-    more restarts never break fewer.
+    more restarts never break fewer. `start = "zero"` begins the first try at x itself, the others at random.
 
     Source: Madry et al. 2018, section 2.1; restarts as in their released evaluation. Departures: broken examples stop;
     the default step is theirs for 100 steps (2.5 eps / 100), carried over to other numbers of steps.
@@ -30,13 +30,14 @@ class PGD(Attack):
     restarts: int = Field(default=1, ge=1)
     step: float | None = Field(default=None, gt=0)
     loss: Literal["ce", "margin"] = "ce"
+    start: Literal["uniform", "zero"] = "uniform"
 
     def perturb(self, logits: Logits, x: Tensor, y: Tensor, threat: Threat, rng: Generator) -> Tensor:
         length = threat.eps * (self.step if self.step is not None else 2.5 / self.steps)
         result = x.clone()
         alive = torch.arange(len(x), device=x.device)
-        for _ in range(self.restarts):
-            start = threat.random(x, rng)
+        for number in range(self.restarts):
+            start = threat.random(x, rng) if number or self.start == "uniform" else x
             alive = self._climb(logits, x, y, threat, length, start[alive], alive, result)
             if len(alive) == 0:
                 break

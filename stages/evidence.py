@@ -1,0 +1,183 @@
+"""What every attack and certifier did to every example: one file in JSON lines, documented in docs/evidence.md.
+
+The first line is the header, every other line one example. Equal evidence gives equal bytes.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from stages.evaluate import Logits, outputs
+from stages.method import InputError, Value
+from stages.nn import _atomic
+from stages.threat import Threat
+
+CLEAN = "clean"
+"""`broken_by` of an example that is wrong without any attack."""
+
+T = TypeVar("T", bound=Value)
+
+Strength = Literal["quick", "standard"]
+"""Only the reference ensemble at its reference settings is standard."""
+
+
+class Header(Value):
+    """What was asked. `attacks` and `certifiers` map a name to the full settings; `model` is the SHA-256 of the weights
+    file's bytes after those of the architecture's; `examples` counts the lines that follow."""
+
+    schema_version: Literal[1] = 1
+    threat: dict[str, Any]
+    split: str
+    strength: Strength
+    attacks: dict[str, dict[str, Any]]
+    certifiers: dict[str, dict[str, Any]]
+    seed: int
+    model: str
+    examples: int
+
+
+class Example(Value):
+    """One example. Margins are the true class's lead in logits, negative where the answer is wrong.
+
+    `margin_attacked`, `distance` (in the threat's norm) and `attacked` (the prediction) belong to the stored
+    adversarial input, which is the one with the lowest margin of all that broke it; an unbroken example is stored as
+    it is. `certified` holds sound lower bounds of the margin within the threat, null where a certifier says nothing.
+    """
+
+    index: int
+    label: int
+    clean: int
+    attacked: int
+    survived: dict[str, bool]
+    broken_by: str | None
+    stored: str | None
+    margin: float
+    margin_attacked: float
+    distance: float
+    certified: dict[str, bool]
+    certified_margin: dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    header: Header
+    examples: tuple[Example, ...]
+
+
+def write(path: Path, header: Header, examples: Iterable[Example]) -> None:
+    """Atomically; raises `InputError` where the header counts other than the examples given."""
+    rows = list(examples)
+    if header.examples != len(rows):
+        raise InputError(f"evidence: the header counts {header.examples} examples, got {len(rows)}")
+    _atomic.write(path, b"".join(_line(row.dump()) for row in (header, *rows)))
+
+
+def read(path: Path) -> Evidence:
+    """Raises `InputError` naming the line that does not fit, a newer schema, or a file that is cut short."""
+    try:
+        lines = path.read_bytes().decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as evidence: {error}") from error
+    if not lines:
+        raise InputError(f"{path}: expected a header line, got an empty file")
+    first = _json(path, 1, lines[0])
+    version = first.get("schema_version")
+    if version != 1:
+        raise InputError(f"{path}: line 1: expected evidence of schema 1, got {version!r}; use a newer Temper")
+    header = _load(path, 1, Header, first)
+    examples = tuple(_load(path, n, Example, _json(path, n, line)) for n, line in enumerate(lines[1:], 2))
+    if len(examples) != header.examples:
+        raise InputError(
+            f"{path}: the header counts {header.examples} examples, got {len(examples)}; is the file cut short?"
+        )
+    return Evidence(header, examples)
+
+
+@dataclass(frozen=True, slots=True)
+class Recheck:
+    """bool [N] each: within the ball, within the range, and not classified as y."""
+
+    in_ball: Tensor
+    in_range: Tensor
+    wrong: Tensor
+
+    @property
+    def holds(self) -> Tensor:
+        return self.in_ball & self.in_range & self.wrong
+
+
+def recheck(logits: Logits, x: Tensor, x_adv: Tensor, y: Tensor, threat: Threat, tolerance: float = 1e-6) -> Recheck:
+    """Judge adversarial examples [N, C, H, W] without the code that made them, and in float64.
+
+    The ball is allowed `tolerance` and, for the sums of l2 and l1, one part in 100,000 of eps; the range nothing.
+    """
+    delta = (x_adv.double() - x.double()).flatten(1)
+    if threat.norm == "linf":
+        distance = delta.abs().amax(1)
+    elif threat.norm == "l2":
+        distance = delta.square().sum(1).sqrt()
+    else:
+        distance = delta.abs().sum(1)
+    slack = tolerance if threat.norm == "linf" else tolerance + 1e-5 * threat.eps
+    flat = x_adv.flatten(1)
+    return Recheck(
+        in_ball=distance <= threat.eps + slack,
+        in_range=(flat.amin(1) >= threat.low) & (flat.amax(1) <= threat.high),
+        wrong=outputs(logits, x_adv).argmax(1) != y,
+    )
+
+
+def lead(z: Tensor, y: Tensor) -> Tensor:
+    """z_y - max_{k != y} z_k, [N]."""
+    true = z.gather(1, y.unsqueeze(1)).squeeze(1)
+    rest: Tensor = z.scatter(1, y.unsqueeze(1), float("-inf")).amax(1)
+    return true - rest
+
+
+def worst(x: Tensor, found: dict[str, Tensor], logits: Logits, y: Tensor) -> tuple[Tensor, list[str | None]]:
+    """Per example the adversarial input of lowest lead [N, C, H, W], and the name of its attack.
+
+    `found` maps an attack's name to inputs that equal x where it broke nothing. Of equal ones the first counts.
+    """
+    best = x.clone()
+    chosen: list[str | None] = [None] * len(x)
+    lowest = torch.full((len(x),), float("inf"), device=x.device)
+    for name, x_adv in found.items():
+        rows = (x_adv != x).flatten(1).any(1).nonzero().flatten()
+        if len(rows) == 0:
+            continue
+        leads = lead(outputs(logits, x_adv[rows]), y[rows])
+        lower = leads < lowest[rows]
+        best[rows[lower]], lowest[rows[lower]] = x_adv[rows[lower]], leads[lower]
+        for row in rows[lower].tolist():
+            chosen[row] = name
+    return best, chosen
+
+
+def _line(data: dict[str, Any]) -> bytes:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _json(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{path}: line {number}: expected JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: line {number}: expected a table, got {type(found).__name__}")
+    return found
+
+
+def _load(path: Path, number: int, kind: type[T], data: dict[str, Any]) -> T:
+    try:
+        return kind.load(data)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise InputError(f"{path}: line {number}: {where}: {problem['msg']}") from error

@@ -1,0 +1,169 @@
+"""What was found about a network on a set of images, and how it is written: evidence, adversarial inputs, figures."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as bytes_of
+from torch import Tensor, nn
+
+from stages import evidence
+from stages.attacks.base import Attack
+from stages.bounds.base import Certifier
+from stages.data.base import Split
+from stages.evaluate import confusion, correct, outputs
+from stages.nn import _atomic
+from stages.pictures import difference, png
+from stages.threat import Threat
+from stages.validity import PROBE, Finding, Point
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """The network, the images it is judged on, their indices in file order, and which are right without an attack."""
+
+    net: nn.Module
+    x: Tensor
+    y: Tensor
+    indices: Tensor
+    threat: Threat
+    right: Tensor
+
+    @staticmethod
+    def of(net: nn.Module, split: Split, threat: Threat, device: str = "cpu") -> "Scene":
+        x, y = split.floats().to(device), split.labels.to(device)
+        return Scene(net, x, y, split.indices, threat, correct(net, x, y))
+
+
+@dataclass(frozen=True, slots=True)
+class Struck:
+    """By attack: what survived it, bool [N], and its adversarial inputs; then the strongest of them per image."""
+
+    attacks: dict[str, Attack]
+    survived: dict[str, Tensor]
+    x_adv: Tensor
+    stored: list[str | None]
+
+    @property
+    def alive(self) -> Tensor:
+        return torch.stack(list(self.survived.values())).all(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Proved:
+    """By certifier: sound lower bounds of the margin, [N], minus infinity where it says nothing; and what it said."""
+
+    certifiers: dict[str, Certifier]
+    margins: dict[str, Tensor]
+    findings: tuple[Finding, ...]
+
+    def certified(self, right: Tensor) -> dict[str, Tensor]:
+        return {name: (margins > 0) & right for name, margins in self.margins.items()}
+
+
+def write(
+    out: Path,
+    scene: Scene,
+    struck: Struck,
+    proved: Proved,
+    header: evidence.Header,
+    points: Sequence[Point],
+    findings: Sequence[Finding],
+    classes: Sequence[str],
+    images: int,
+) -> dict[str, Path]:
+    """Everything below `out`, each file atomically; name -> path. Equal findings give equal bytes."""
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    rows = examples(scene, struck, proved)
+    evidence.write(out / "evidence.jsonl", header, rows)
+    tensors = {"x_adv": struck.x_adv, "indices": scene.indices, "survived": struck.alive}
+    _atomic.write(out / "adversarial.safetensors", bytes_of({k: v.cpu().contiguous() for k, v in tensors.items()}))
+    names = _pictures(scene, struck, images, out)
+    figures = {
+        "curve": [_curve_point(point, header.strength) for point in points],
+        "confusion": {
+            "classes": list(classes),
+            "clean": confusion(scene.net, scene.x, scene.y, len(classes)).tolist(),
+            "attacked": confusion(scene.net, struck.x_adv, scene.y, len(classes)).tolist(),
+        },
+        "images": [{**picture, **_labels(rows[row])} for row, picture in names],
+        "validity": [{"name": f.name, "ok": f.ok, "text": f.text} for f in findings],
+        "attacks": [
+            {
+                "name": name,
+                "label": header.strength,
+                "settings": attack.dump(),
+                "broken": int((scene.right & ~struck.survived[name]).sum()),
+            }
+            for name, attack in struck.attacks.items()
+        ],
+    }
+    _atomic.write(out / "figures.json", _json(figures))
+    pictures = [name for _, picture in names for name in picture.values()]
+    return {name: out / name for name in ("evidence.jsonl", "adversarial.safetensors", "figures.json", *pictures)}
+
+
+def examples(scene: Scene, struck: Struck, proved: Proved) -> list[evidence.Example]:
+    """One row per image, in the scene's order."""
+    z, attacked = outputs(scene.net, scene.x), outputs(scene.net, struck.x_adv)
+    before, after = evidence.lead(z, scene.y), evidence.lead(attacked, scene.y)
+    distance = scene.threat.distance(struck.x_adv, scene.x)
+    certified = proved.certified(scene.right)
+    rows = []
+    for i, index in enumerate(scene.indices.tolist()):
+        survived = {name: bool(bits[i]) for name, bits in struck.survived.items()}
+        first = next((name for name, held in survived.items() if not held), None)
+        rows.append(
+            evidence.Example(
+                index=index,
+                label=int(scene.y[i]),
+                clean=int(z[i].argmax()),
+                attacked=int(attacked[i].argmax()),
+                survived=survived,
+                broken_by=first if bool(scene.right[i]) else evidence.CLEAN,
+                stored=struck.stored[i],
+                margin=float(before[i]),
+                margin_attacked=float(after[i]),
+                distance=float(distance[i]),
+                certified={name: bool(bits[i]) for name, bits in certified.items()},
+                certified_margin={name: _finite(float(margins[i])) for name, margins in proved.margins.items()},
+            )
+        )
+    return rows
+
+
+def _pictures(scene: Scene, struck: Struck, count: int, out: Path) -> list[tuple[int, dict[str, str]]]:
+    """Row and file names of the first `count` broken images, or of the first ones where too few were broken."""
+    broken = [row for row, name in enumerate(struck.stored) if name is not None]
+    whole = [row for row, name in enumerate(struck.stored) if name is None]
+    shown = []
+    for number, row in enumerate((broken + whole)[:count]):
+        clean, adversarial = scene.x[row], struck.x_adv[row]
+        parts = {"clean": clean, "adversarial": adversarial, "difference": difference(adversarial, clean)}
+        short = {"clean": "clean", "adversarial": "adv", "difference": "diff"}
+        names = {part: f"images/{number}_{short[part]}.png" for part in parts}
+        for part, image in parts.items():
+            _atomic.write(out / names[part], png(image))
+        shown.append((row, names))
+    return shown
+
+
+def _labels(row: evidence.Example) -> dict[str, int]:
+    return {"label": row.label, "clean_prediction": row.clean, "adversarial_prediction": row.attacked}
+
+
+def _curve_point(point: Point, strength: evidence.Strength) -> dict[str, float | str]:
+    low, high = point.interval
+    label = f"{PROBE.kind} ({strength})"
+    return {"eps": point.at, "value": point.value, "low": low, "high": high, "attack": label}
+
+
+def _finite(value: float) -> float | None:
+    return value if value > float("-inf") else None
+
+
+def _json(data: dict[str, Any]) -> bytes:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

@@ -1,0 +1,256 @@
+"""STAGE 4: attack and certify on the test split; write evidence."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator, Field
+from safetensors.torch import load as tensors_of
+from safetensors.torch import save as bytes_of
+from torch import Tensor
+
+from pipeline.core.measurement import Measurement
+from pipeline.core.record import Outcomes
+from pipeline.core.stage import Context, Files, Result
+from stages import evidence, validity
+from stages.attacks.base import AnyAttack, Attack
+from stages.bounds.base import AnyCertifier, Certifier
+from stages.data._cut import subset
+from stages.data.base import Split
+from stages.evaluate import OnStep, frozen, under_attack
+from stages.measure import accuracy
+from stages.method import InputError, Value
+from stages.nn import _atomic, checkpoint
+from stages.nn.fold import fold
+from stages.scene import Proved, Scene, Struck, write
+from stages.seeding import derive, generator
+from stages.task import Task
+from stages.validity import Finding, Point
+
+LIBRARIES = ("torch", "numpy", "safetensors", "pydantic", "pillow")
+
+STRENGTH: evidence.Strength = "quick"
+"""Every attack set on offer is lighter than the reference ensemble at its reference settings, and says so."""
+
+QUICK: tuple[dict[str, Any], ...] = (
+    {"kind": "pgd", "steps": 20, "restarts": 2, "loss": "margin"},
+    {"kind": "apgd", "steps": 50},
+    {"kind": "square", "queries": 500},
+)
+_BATCH = 256
+
+
+def _named_set(data: object) -> object:
+    """`attacks = "quick"`, or "quick" among others, stands for the set of that name."""
+    items = [data] if isinstance(data, str) else data
+    if not isinstance(items, list | tuple):
+        return data
+    return tuple(one for item in items for one in (QUICK if item == "quick" else (item,)))
+
+
+class Config(Value):
+    """`[stages.validate]`.
+
+    `samples` test images are drawn stratified by class, by the task's `split_seed` alone, so that every run of a task
+    is measured on the same ones; all are taken where there are fewer. `attacks` all strike every image that is right
+    without one, each on its own. `certify` may be empty. The validity checks and the curve over `curve` times eps use
+    the first `validity_samples` of a further shuffle of those images; `images` of the broken ones go into the report.
+    """
+
+    samples: int = Field(default=1000, ge=2)
+    attacks: Annotated[tuple[AnyAttack, ...], BeforeValidator(_named_set)] = Field(
+        default=QUICK, min_length=1, validate_default=True
+    )
+    certify: tuple[AnyCertifier, ...] = Field(default=("ibp",), validate_default=True)
+    validity_samples: int = Field(default=200, ge=20)
+    curve: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0), min_length=2
+    )
+    images: int = Field(default=8, ge=0)
+
+
+def measures(config: Config, task: Mapping[str, Any]) -> frozenset[str]:
+    """Raises `InputError` for an attack that has no version for the task's norm."""
+    threat = Task.load(task).threat
+    for attack in config.attacks:
+        attack.accept(threat)
+    names = {"accuracy.clean.test", "accuracy.robust.test"}
+    names |= {f"accuracy.robust.{name}.test" for name in _names(config.attacks)}
+    return frozenset(names | ({"accuracy.certified.test"} if config.certify else set()))
+
+
+def run(files: Files, config: Config, ctx: Context) -> Result:
+    """Writes `evidence.jsonl`, `adversarial.safetensors` (x_adv, indices, survived), `figures.json` and `images/`.
+
+    Passes `arch.json` and `weights.safetensors` on. Finished attacks stay in the scratch folder, and a run that was
+    stopped goes on after the last of them, to the same bytes. Everything is float32.
+    """
+    task = Task.load(ctx.task)
+    splits = task.open(ctx.data_root)
+    test = _sample(splits.test, config.samples, task.split_seed)
+    net = fold(checkpoint.load(files[checkpoint.ARCH], files[checkpoint.WEIGHTS]).net).to(ctx.device)
+    ctx.scratch.mkdir(parents=True, exist_ok=True)
+    with frozen(net):
+        scene = Scene.of(net, test, task.threat, ctx.device)
+        struck = _strike_all(scene, splits.train, config, ctx)
+        proved = _certify(scene, config.certify, ctx)
+        points, findings = _doubt(scene, struck, proved, config, task.split_seed, ctx)
+        header = evidence.Header(
+            threat=task.threat.dump(),
+            split="test",
+            strength=STRENGTH,
+            attacks={name: attack.dump() for name, attack in struck.attacks.items()},
+            certifiers={name: certifier.dump() for name, certifier in proved.certifiers.items()},
+            seed=ctx.seed,
+            model=_digest(files),
+            examples=len(test),
+        )
+        out = write(ctx.scratch / "out", scene, struck, proved, header, points, findings, splits.classes, config.images)
+    measured, outcomes = _measure(scene, struck, proved)
+    for finding in findings:
+        ctx.emit("note", {"text": f"{'ok' if finding.ok else 'FAILED'}: {finding.name}: {finding.text}"})
+    return Result(
+        files={**{name: files[name] for name in (checkpoint.ARCH, checkpoint.WEIGHTS)}, **out},
+        measurements=measured,
+        outcomes=outcomes,
+        findings=tuple(f"{finding.name}: {finding.text}" for finding in findings if not finding.ok),
+    )
+
+
+def _sample(test: Split, samples: int, split_seed: int) -> Split:
+    if samples >= len(test):
+        return test
+    present = int((test.labels.bincount() > 0).sum())
+    if samples < present:
+        raise InputError(f"stages.validate.samples: expected {present} (one per class) or more, got {samples}")
+    return test.select(subset(test.labels, samples, generator(split_seed, "validate", "samples")))
+
+
+def _names(methods: Sequence[Attack] | Sequence[Certifier]) -> tuple[str, ...]:
+    """The kind of each; from the second of one kind on with its number: pgd, pgd_2."""
+    found: list[str] = []
+    for number, method in enumerate(methods):
+        count = sum(other.kind == method.kind for other in methods[:number])
+        found.append(method.kind if count == 0 else f"{method.kind}_{count + 1}")
+    return tuple(found)
+
+
+def _strike_all(scene: Scene, train: Split, config: Config, ctx: Context) -> Struck:
+    """Every attack on every image that is right; what is finished already is read from the scratch folder."""
+    attacks, survived, found = dict(zip(_names(config.attacks), config.attacks, strict=True)), {}, {}
+    for name, attack in attacks.items():
+        attack.accept(scene.threat)
+        kept = ctx.scratch / f"attack-{name}.safetensors"
+        if not kept.exists():
+            ready = attack.prepare(scene.net, _batches(train, ctx.device), generator(ctx.seed, "prepare", name))
+            still, x_adv = under_attack(
+                scene.net,
+                ready,
+                scene.x,
+                scene.y,
+                scene.threat,
+                derive(ctx.seed, "attack", name),
+                _BATCH,
+                _progress(ctx, f"attack: {name}"),
+            )
+            _atomic.write(kept, bytes_of({"survived": still.cpu(), "x_adv": x_adv.cpu().contiguous()}))
+        stored = tensors_of(kept.read_bytes())
+        survived[name], found[name] = stored["survived"].to(ctx.device), stored["x_adv"].to(ctx.device)
+    x_adv, by = evidence.worst(scene.x, found, scene.net, scene.y)
+    return Struck(attacks, survived, x_adv, by)
+
+
+def _batches(split: Split, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+    for at in range(0, len(split), _BATCH):
+        rows = slice(at, at + _BATCH)
+        yield split.floats(rows).to(device), split.labels[rows].to(device)
+
+
+def _certify(scene: Scene, certifiers: Sequence[Certifier], ctx: Context) -> Proved:
+    """A network that a certifier has no rule for is not proved anywhere, which is sound, and is said."""
+    named, margins, findings = dict(zip(_names(certifiers), certifiers, strict=True)), {}, []
+    for name, certifier in named.items():
+        bounds = torch.full((len(scene.x),), float("-inf"), device=scene.x.device)
+        try:
+            for at in range(0, len(scene.x), _BATCH):
+                rows = slice(at, at + _BATCH)
+                bounds[rows] = certifier.margins(scene.net, scene.x[rows], scene.y[rows], scene.threat).detach()
+                _progress(ctx, f"certify: {name}")(min(at + _BATCH, len(scene.x)), len(scene.x))
+        except InputError as error:
+            findings.append(Finding(f"covers_{name}", True, f"{name} proves nothing about this network: {error}"))
+        margins[name] = bounds
+    return Proved(named, margins, tuple(findings))
+
+
+def _doubt(
+    scene: Scene, struck: Struck, proved: Proved, config: Config, split_seed: int, ctx: Context
+) -> tuple[tuple[Point, ...], tuple[Finding, ...]]:
+    """The curve over eps, and every reason to disbelieve or to believe the numbers."""
+    order = torch.randperm(len(scene.x), generator=generator(split_seed, "validate", "validity"))
+    rows = order[: config.validity_samples].sort().values.to(scene.x.device)
+    x, y, seed = scene.x[rows], scene.y[rows], derive(ctx.seed, "validity")
+    points = validity.curve(scene.net, x, y, scene.threat, config.curve, seed, _progress(ctx, "curve"))
+    found = validity.checks(
+        scene.net,
+        x,
+        y,
+        scene.threat,
+        seed,
+        points,
+        _pair(struck),
+        _progress(ctx, "validity"),
+    )
+    return points, (*found, _rechecked(scene, struck), *_sound(scene, struck, proved), *proved.findings)
+
+
+def _pair(struck: Struck) -> tuple[Tensor, Tensor] | None:
+    """What survived all gradient attacks and all black-box ones, where there are both."""
+    kinds: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, attack in struck.attacks.items():
+        kinds[attack.needs_gradients].append(struck.survived[name])
+    if not all(kinds.values()):
+        return None
+    return torch.stack(kinds[True]).all(0), torch.stack(kinds[False]).all(0)
+
+
+def _rechecked(scene: Scene, struck: Struck) -> Finding:
+    broken = torch.tensor([name is not None for name in struck.stored], device=scene.x.device).nonzero().flatten()
+    total = len(broken)
+    held = 0
+    if total:
+        again = evidence.recheck(scene.net, scene.x[broken], struck.x_adv[broken], scene.y[broken], scene.threat)
+        held = int(again.holds.sum())
+    text = f"{held} of {total} adversarial inputs are in ball and range and misread when checked again; must be all"
+    return Finding("rechecked", held == total, text)
+
+
+def _sound(scene: Scene, struck: Struck, proved: Proved) -> Iterator[Finding]:
+    for name, certified in proved.certified(scene.right).items():
+        broken = int((certified & ~struck.alive).sum())
+        text = f"{broken} of {int(certified.sum())} examples that {name} proved were broken by an attack; must be none"
+        yield Finding(f"sound_{name}", broken == 0, text)
+
+
+def _measure(scene: Scene, struck: Struck, proved: Proved) -> tuple[tuple[Measurement, ...], dict[str, Outcomes]]:
+    hits = {"accuracy.clean.test": scene.right, "accuracy.robust.test": struck.alive}
+    hits |= {f"accuracy.robust.{name}.test": survived for name, survived in struck.survived.items()}
+    if proved.margins:
+        hits["accuracy.certified.test"] = torch.stack(list(proved.certified(scene.right).values())).any(0)
+    measured: list[Measurement] = []
+    outcomes: dict[str, Outcomes] = {}
+    for name, right in hits.items():
+        measurement, bits = accuracy(name, right.cpu(), scene.indices)
+        measured.append(measurement)
+        outcomes |= bits
+    return tuple(measured), outcomes
+
+
+def _digest(files: Files) -> str:
+    state = hashlib.sha256(files[checkpoint.ARCH].read_bytes())
+    state.update(files[checkpoint.WEIGHTS].read_bytes())
+    return state.hexdigest()
+
+
+def _progress(ctx: Context, label: str) -> OnStep:
+    return lambda done, total: ctx.emit("progress", {"label": f"{label} ({STRENGTH})", "done": done, "total": total})
