@@ -34,6 +34,9 @@ _LIBRARIES = (
     "pillow",
 )
 
+# What `finish` measures on the device.
+_ON_DEVICE = ("latency.p50", "latency.p95", "memory.peak")
+
 
 def plan(draft: Draft, target: str | None, runs: Path, data_root: Path) -> Plan:
     """Raises `SpecError` with every finding at once, `BadInput` for what lies outside the spec (data, installation)."""
@@ -167,7 +170,12 @@ def _unmeasured(
         for kind, limits in (("budget", budget[section.name]), ("regression", regression.get(section.name, ()))):
             for limit in limits:
                 at = draft.where((kind, section.name))
-                if limit.metric not in section.measures:
+                if limit.on_device:
+                    if limit.metric not in _ON_DEVICE:
+                        findings.append(
+                            f'{at}: `finish` does not measure "{limit.metric}"{nearest(limit.metric, _ON_DEVICE)}'
+                        )
+                elif limit.metric not in section.measures:
                     hint = nearest(limit.metric, section.measures)
                     findings.append(f'{at}: {section.name} does not measure "{limit.metric}" with this config{hint}')
                 elif kind == "budget" and limit.max_loss is not None and limit.metric not in before:
