@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipeline.cli.ui import duration
-from pipeline.core.gate import Limit, show
+from pipeline.core.gate import Limit, bounds, show
 from pipeline.core.measurement import Measurement
 from pipeline.core.record import RunRecord, StageRecord
 from pipeline.engine.build import Built
@@ -36,7 +36,7 @@ def summary(built: Built, width: int = 100) -> str:
 def owed(record: RunRecord) -> list[str]:
     """Limits that only the device can settle."""
     return [
-        f"{limit.metric} {' and '.join(_bounds(limit))} (`finish` on the device)"
+        f"{limit.metric} {bounds(limit)} (`finish` on the device)"
         for limits in record.spec.budget.values()
         for limit in limits
         if limit.on_device
@@ -88,6 +88,3 @@ def _stage(stage: StageRecord, budget: Iterable[Limit], width: int) -> list[str]
         lines += textwrap.wrap(reason.text, width, initial_indent=" " * 14 + "- ", subsequent_indent=" " * 16)
     return lines
 
-
-def _bounds(limit: Limit) -> list[str]:
-    return [f"{sign} {bound:g}" for sign, bound in ((">=", limit.at_least), ("<=", limit.at_most)) if bound is not None]

@@ -39,6 +39,8 @@ class Limit(Value):
 
 Budget = tuple[Limit, ...]
 
+_UNITS = {"latency.": "ms", "memory.": "bytes", "size.": "bytes", "cost.": "count"}
+
 
 class Reason(Value):
     """One sentence of a verdict. `margin` is how far inside (positive) or outside the bound, in the metric's unit."""
@@ -99,10 +101,15 @@ def show(value: float, unit: str) -> str:
     return f"{value:.4g}" + ("" if unit in ("fraction", "logit", "count") else f" {unit}")
 
 
+def bounds(limit: Limit) -> str:
+    """`>= 0.5 and <= 20 ms`: the absolute bounds, in the unit that the metric's name implies."""
+    unit = next((unit for prefix, unit in _UNITS.items() if limit.metric.startswith(prefix)), "fraction")
+    ends = ((">=", limit.at_least), ("<=", limit.at_most))
+    return " and ".join(f"{sign} {show(end, unit)}" for sign, end in ends if end is not None)
+
+
 def _owed(limit: Limit) -> str:
-    bounds = [f">= {limit.at_least:g}"] if limit.at_least is not None else []
-    bounds += [f"<= {limit.at_most:g}"] if limit.at_most is not None else []
-    return f"owed on the device: {limit.metric} must be {' and '.join(bounds)} (settled by `finish`)"
+    return f"owed on the device: {limit.metric} must be {bounds(limit)} (settled by `finish`)"
 
 
 def _end(found: Measurement, end: float, word: str) -> str:
