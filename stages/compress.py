@@ -43,7 +43,7 @@ class Calibration(Value):
 
     batches: int = Field(default=8, ge=1)
     batch: int = Field(default=128, ge=1)
-    attack: AnyAttack = PGD(steps=10)
+    attack: AnyAttack = PGD(steps=10, loss="margin")
 
 
 class Config(Section):
@@ -59,7 +59,7 @@ class Config(Section):
     tune_epochs: int = Field(default=10, ge=0)
     tune_lr: float | None = Field(default=None, gt=0)
     calibration: Calibration = Calibration()
-    holdout_attack: AnyAttack = PGD(steps=10)
+    holdout_attack: AnyAttack = PGD(steps=10, loss="margin")
     holdout_samples: int | None = Field(default=1000, ge=1)
 
 

@@ -24,9 +24,8 @@ from torch import Tensor
 from pipeline.core.measurement import Measurement, exact
 from pipeline.core.record import Outcomes
 from pipeline.core.stage import Context, Emit, Files, Result
-from stages.attacks.base import AnyAttack
+from stages.attacks.base import QUICK, AttackSet
 from stages.attacks.pgd import PGD
-from stages.attacks.square import Square
 from stages.data.base import Split
 from stages.evaluate import frozen, under_attack
 from stages.measure import accuracy
@@ -70,7 +69,7 @@ class Config(Value):
     provider: str | None = None
     machine: str | None = None
     exporter: Literal["dynamo", "legacy"] = "dynamo"
-    attacks: tuple[AnyAttack, ...] = (PGD(steps=20), Square(queries=300))
+    attacks: AttackSet = Field(default=QUICK, min_length=1, validate_default=True)
     calibration: int = Field(default=256, ge=8)
     holdout_samples: int = Field(default=256, ge=1)
     runs: int = Field(default=200, ge=20)
@@ -90,8 +89,10 @@ class Config(Value):
 
 
 def measures(config: Config, task: Mapping[str, Any]) -> frozenset[str]:
-    """Raises where the precision is not on offer."""
-    del task
+    """Raises `InputError` for a precision that is not on offer, or an attack without a version for the task's norm."""
+    threat = Task.load(task).threat
+    for attack in config.attacks:
+        attack.accept(threat)
     passes_for(config.precisions, config.precision)
     names = {f"accuracy.{what}.shipped.{part}" for what in ("clean", "robust") for part in ("holdout", "test")}
     names |= {"parity.logits", "parity.top1", "size.model", "size.bundle"}
@@ -147,7 +148,9 @@ def _calibration(net: torch.nn.Module, splits: Splits, threat: Threat, config: C
     order = torch.randperm(len(splits.train), generator=generator(ctx.seed, "calibration"))
     rows = order[: config.calibration]
     x, y = splits.train.floats(rows), splits.train.labels[rows]
-    _, attacked = under_attack(net, PGD(steps=10), x[1::2], y[1::2], threat, derive(ctx.seed, "calibration"))
+    _, attacked = under_attack(
+        net, PGD(steps=10, loss="margin"), x[1::2], y[1::2], threat, derive(ctx.seed, "calibration")
+    )
     x[1::2] = attacked
     return x
 
@@ -174,7 +177,9 @@ def _attacked(
     ctx: Context,
 ) -> tuple[tuple[Measurement, ...], dict[str, Outcomes], tuple[str, ...]]:
     held = _subset(splits.holdout, config.holdout_samples, ctx.seed)
-    _, held_replay = under_attack(net, PGD(steps=20), held.images, held.labels, threat, derive(ctx.seed, "replay"))
+    _, held_replay = under_attack(
+        net, PGD(steps=20, loss="margin"), held.images, held.labels, threat, derive(ctx.seed, "replay")
+    )
     stored = tensors_of(files["adversarial.safetensors"].read_bytes())
     test = splits.test.select(_positions(splits.test.indices, stored["indices"]))
     measured: list[Measurement] = []

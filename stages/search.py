@@ -54,7 +54,7 @@ class Score(Section):
     recipe: AnyRecipe = NoisyFGSM()
     fit: Fit = Fit(epochs=4, lr=0.05, schedule="onecycle")
     samples: int | None = Field(default=4000, ge=2)
-    attack: AnyAttack = PGD(steps=10)
+    attack: AnyAttack = PGD(steps=10, loss="margin")
     holdout_samples: int | None = Field(default=500, ge=1)
 
 

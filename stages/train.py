@@ -48,7 +48,7 @@ class Config(Section):
 
     recipe: AnyRecipe = AdversarialTraining()
     fit: Fit = Fit()
-    holdout_attack: AnyAttack = PGD(steps=10)
+    holdout_attack: AnyAttack = PGD(steps=10, loss="margin")
     holdout_samples: int | None = Field(default=1000, ge=1)
     keep: Literal["last", "best"] = "last"
     keep_epochs: int = Field(default=1, ge=1)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 from torch import Tensor
@@ -14,7 +14,7 @@ from pipeline.core.measurement import Measurement
 from pipeline.core.record import Outcomes
 from pipeline.core.stage import Context, Files, Result
 from stages import evidence, validity
-from stages.attacks.base import AnyAttack, Attack
+from stages.attacks.base import QUICK, Attack, AttackSet
 from stages.bounds.base import AnyCertifier, Certifier
 from stages.data._cut import subset
 from stages.data.base import Split
@@ -33,20 +33,7 @@ LIBRARIES = ("torch", "numpy", "safetensors", "pydantic", "pillow")
 STRENGTH: evidence.Strength = "quick"
 """Every attack set on offer is lighter than the reference ensemble at its reference settings, and says so."""
 
-QUICK: tuple[dict[str, Any], ...] = (
-    {"kind": "pgd", "steps": 20, "restarts": 2, "loss": "margin"},
-    {"kind": "apgd", "steps": 50},
-    {"kind": "square", "queries": 500},
-)
 _BATCH = 256
-
-
-def _named_set(data: object) -> object:
-    """`attacks = "quick"`, or "quick" among others, stands for the set of that name."""
-    items = [data] if isinstance(data, str) else data
-    if not isinstance(items, list | tuple):
-        return data
-    return tuple(one for item in items for one in (QUICK if item == "quick" else (item,)))
 
 
 class Config(Value):
@@ -59,9 +46,7 @@ class Config(Value):
     """
 
     samples: int = Field(default=1000, ge=2)
-    attacks: Annotated[tuple[AnyAttack, ...], BeforeValidator(_named_set)] = Field(
-        default=QUICK, min_length=1, validate_default=True
-    )
+    attacks: AttackSet = Field(default=QUICK, min_length=1, validate_default=True)
     certify: tuple[AnyCertifier, ...] = Field(default=("ibp",), validate_default=True)
     validity_samples: int = Field(default=200, ge=20)
     curve: tuple[Annotated[float, Field(gt=0)], ...] = Field(

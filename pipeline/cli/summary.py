@@ -87,4 +87,3 @@ def _stage(stage: StageRecord, budget: Iterable[Limit], width: int) -> list[str]
     for reason in stage.verdict.refusals:
         lines += textwrap.wrap(reason.text, width, initial_indent=" " * 14 + "- ", subsequent_indent=" " * 16)
     return lines
-

@@ -83,7 +83,10 @@ def plan_section(
             continue
         code = fingerprint.code_digest([*modules, *method_modules(config), *method_modules(task)])
         attempts.append(Attempt(overrides=over, config=config.model_dump(mode="json"), code=code))
-        measures |= module.measures(config, task_dump)
+        try:
+            measures |= module.measures(config, task_dump) if task is not None else frozenset()
+        except ValueError as error:
+            findings.append(f"{draft.where(where)}: {error}")
     if len(findings) > before:
         return None
     bisect = None

@@ -2,9 +2,10 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Annotated, Literal, final
+from typing import Annotated, Any, Literal, final
 
 import torch
+from pydantic import BeforeValidator
 from torch import Generator, Tensor
 
 from stages.method import InputError, Method, polymorphic
@@ -77,6 +78,24 @@ class Attack(Method):
 
 
 AnyAttack = Annotated[Attack, *polymorphic(FOLDER, Attack)]
+
+QUICK: tuple[dict[str, Any], ...] = (
+    {"kind": "pgd", "steps": 20, "restarts": 2, "loss": "margin"},
+    {"kind": "apgd", "steps": 50},
+    {"kind": "square", "queries": 500},
+)
+"""What `attacks = "quick"` stands for: far lighter than the reference ensemble, and never called anything else."""
+
+
+def _named_set(data: object) -> object:
+    items = [data] if isinstance(data, str) else data
+    if not isinstance(items, list | tuple):
+        return data
+    return tuple(one for item in items for one in (QUICK if item == "quick" else (item,)))
+
+
+AttackSet = Annotated[tuple[AnyAttack, ...], BeforeValidator(_named_set)]
+"""Attacks by name or table; `"quick"`, alone or among others, stands for that set."""
 
 
 def _check(x: Tensor, y: Tensor, threat: Threat) -> None:
