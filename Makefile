@@ -13,8 +13,9 @@ export ORT_DISABLE_TELEMETRY := 1
 build: $(READY)
 	$(BIN)/python -m pipeline build --target $(TARGET) $(ARGS)
 
+# One thread a worker: two workers that each use every core would wait for one another.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
