@@ -41,6 +41,7 @@ from stages.threat import Threat
 from targets.lowering.apply import Lowered, apply, check_passes, passes_for, prove
 from targets.lowering.parity import between, logits_of
 from targets.passes.base import Kit
+from targets.runtime.form import BATCHES
 from targets.runtime.latency import measure
 from targets.runtime.ort import OrtEngine
 
@@ -295,6 +296,8 @@ def _contract(splits: Splits, threat: Threat, config: Config) -> dict[str, Any]:
         "runtime": config.runtime,
         "provider": config.provider,
         "machine": config.machine,
+        # How `finish` builds the engine on the device; the precision is in the graph.
+        "recipe": {"strongly_typed": True, "batches": list(BATCHES)} if config.runtime == "tensorrt" else None,
         "input": {
             "name": "input",
             "shape": list(splits.input_shape),

@@ -12,6 +12,7 @@
     input           {name, shape: [C, H, W], dtype: "float32", layout: "NCHW", range: [0, 1]}
     output          {name: "logits", classes}
     labels          one name per class
+    recipe          optional; how `finish` builds an engine: {"strongly_typed": true, "batches": [1, 1, 64]}
     threat          {norm, eps}
     measurements    [{name, value, low, high, unit, samples, better}]
     owed            [{metric, at_least, at_most}], limits that `finish` settles on the device
@@ -36,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 from targets.runtime.errors import BundleError, TamperedError
-from targets.runtime.form import MANIFEST, SCHEMA, TOLERANCE, check_form
+from targets.runtime.form import BATCHES, MANIFEST, SCHEMA, TOLERANCE, check_form
 
 DEVICE, ENGINE, PROBE = "device.json", "device.engine", "probe.npz"
 # What `finish` may leave beside the listed files; a `.tmp` is what it left when it was killed, and is never opened.
@@ -94,6 +95,12 @@ class Bundle:
     @property
     def owed(self) -> tuple[Mapping[str, Any], ...]:
         return tuple(self.manifest["owed"])
+
+    @property
+    def batches(self) -> tuple[int, int, int]:
+        """Smallest, favoured and largest batch of an engine that is built from this bundle."""
+        smallest, favoured, largest = self.manifest.get("recipe", {}).get("batches", BATCHES)
+        return smallest, favoured, largest
 
     @property
     def tolerance(self) -> float:

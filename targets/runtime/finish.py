@@ -182,11 +182,11 @@ def _with_tensorrt(bundle: Bundle, runs: int, warmup: int) -> tuple[dict[str, An
     with tempfile.TemporaryDirectory() as scratch:
         model, made = Path(scratch) / "model.onnx", Path(scratch) / "plan"
         model.write_bytes(bundle.read(bundle.model))
-        built = trt_build.build_apart(name, model, made)
+        built = trt_build.build_apart(name, model, made, bundle.batches)
         plan = made.read_bytes()
     cuda = trt.Cuda()
     free, (resident, _) = cuda.free_bytes(), latency.resident()
-    engine = trt.TrtEngine(import_module(name), plan, cuda, bundle.shape, bundle.classes)
+    engine = trt.TrtEngine(import_module(name), plan, cuda, bundle.shape, bundle.classes, bundle.batches[2])
     # TensorRT picks other kernels and fuses other nodes than onnxruntime: the classes must agree, the last bits cannot.
     rows, failures = _parity(Predictor(bundle, engine, "TensorRT"), None)
     image = bundle.probe()[0][:1]

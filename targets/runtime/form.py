@@ -9,6 +9,8 @@ from targets.runtime.errors import BundleError, TamperedError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+# Smallest, favoured and largest batch of an engine's one optimisation profile.
+BATCHES = (1, 1, 64)
 # Largest |logit - expected| on the probe inputs, as a share of the largest expected |logit|. Float32 kernels differ in
 # the order of their sums. A rounding that falls the other way in int8 moves one step of 1/255 in one activation.
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "int8": 5e-2}
@@ -31,6 +33,7 @@ def check_form(manifest: Mapping[str, Any], where: Path) -> None:
         if key in manifest:
             _field(manifest, key, str, where)
     _network(manifest, where)
+    _recipe(manifest, where)
     _rows(manifest, where)
     _files(manifest, where)
 
@@ -50,6 +53,16 @@ def _network(manifest: Mapping[str, Any], where: Path) -> None:
     labels = _field(manifest, "labels", list, where)
     if len(labels) != classes or not all(isinstance(label, str) for label in labels):
         raise BundleError(f"{where}: labels: expected {classes} names, got {labels!r}")
+
+
+def _recipe(manifest: Mapping[str, Any], where: Path) -> None:
+    if "recipe" in manifest:
+        batches = _field(_field(manifest, "recipe", dict, where), "batches", list, where)
+        whole = len(batches) == 3 and all(type(n) is int and n > 0 for n in batches)
+        if not whole or batches != sorted(batches):
+            raise BundleError(
+                f"{where}: recipe.batches: expected smallest, favoured and largest batch, got {batches!r}"
+            )
 
 
 def _rows(manifest: Mapping[str, Any], where: Path) -> None:

@@ -67,7 +67,7 @@ def open_bundle(path: str | Path, verify: bool = True, threads: int = 1, runtime
         if plan is not None:
             from targets.runtime.trt import open_engine
 
-            return Predictor(bundle, open_engine(plan, bundle.shape, bundle.classes), "TensorRT")
+            return Predictor(bundle, open_engine(plan, bundle.shape, bundle.classes, bundle.batches[2]), "TensorRT")
         if runtime == "tensorrt":
             raise BundleError(f"{bundle.folder}: no engine was built here yet; run `finish` on the device")
     return on_onnxruntime(bundle, threads, runtime)

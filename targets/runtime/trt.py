@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from targets.runtime.errors import EngineError, MissingRuntime
-from targets.runtime.trt_build import BATCHES, MODULES, installed
+from targets.runtime.form import BATCHES
+from targets.runtime.trt_build import MODULES, installed
 
 Array = npt.NDArray[np.float32]
 _PROBE = "import ctypes, sys; sys.exit(1 if ctypes.CDLL('libcuda.so.1').cuInit(0) else 0)"
@@ -28,14 +29,14 @@ def driver_answers(timeout: float = 30.0) -> bool:
     return done.returncode == 0
 
 
-def open_engine(plan: bytes, shape: tuple[int, int, int], classes: int) -> "TrtEngine":
+def open_engine(plan: bytes, shape: tuple[int, int, int], classes: int, largest: int = BATCHES[2]) -> "TrtEngine":
     """Deserialise a plan on this machine's GPU. Raises `MissingRuntime` without TensorRT or a driver."""
     name = installed()
     if name is None:
         raise MissingRuntime(f"TensorRT is not installed ({' or '.join(MODULES)}); or open with runtime='cpu'")
     if not driver_answers():
         raise MissingRuntime("no CUDA driver answers on this machine; open with runtime='cpu'")
-    return TrtEngine(import_module(name), plan, Cuda(), shape, classes)
+    return TrtEngine(import_module(name), plan, Cuda(), shape, classes, largest)
 
 
 class Cuda:
@@ -86,8 +87,10 @@ class Cuda:
 class TrtEngine:
     """One execution context with buffers for the largest batch; calls are one after another, not thread-safe."""
 
-    def __init__(self, trt: Any, plan: bytes, cuda: Any, shape: tuple[int, int, int], classes: int) -> None:
-        self._cuda, self._classes, self._largest = cuda, classes, BATCHES[2]
+    def __init__(
+        self, trt: Any, plan: bytes, cuda: Any, shape: tuple[int, int, int], classes: int, largest: int = BATCHES[2]
+    ) -> None:
+        self._cuda, self._classes, self._largest = cuda, classes, largest
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from targets.runtime.errors import EngineError, MissingRuntime
+from targets.runtime.form import BATCHES
 
 MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt-rtx", "tensorrt_rtx")}
-# Smallest, favoured and largest batch of the one optimisation profile.
-BATCHES = (1, 1, 64)
 _ROOT = Path(__file__).resolve().parents[2]
 
 
