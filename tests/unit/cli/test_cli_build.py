@@ -157,7 +157,7 @@ def test_the_summary_fits_a_screen_and_shows_limited_numbers_with_their_interval
     assert re.search(r"compress .* ok +ratio = 0.25", text)
     assert "must be >= 0.65" in text
     assert re.search(r"size, speed +size.model .* bytes, latency.p95 2 ms \[1.5, 2.5\]", text)
-    assert re.search(r"owed +memory.peak <= 9e\+06 \(`finish` on the device\)", text)
+    assert re.search(r"owed +memory.peak <= 9,000,000 bytes \(`finish` on the device\)", text)
     assert re.search(r"bundle +.*toy-reference/bundle", text)
     assert re.search(r"report +.*toy-reference/report.html", text)
 
