@@ -26,8 +26,10 @@ OnStep = Callable[[int, int], None]
 class Shipped:
     """Logits [B, K] of the engine for images [B, C, H, W]; differentiable with respect to x through the twin.
 
-    For z the twin's logits and e the engine's, the value is z + (e - z), with no gradient through the bracket: the
-    backward-pass differentiable approximation (Athalye, Carlini and Wagner 2018, section 4.1; from memory).
+    For z the twin's logits and e the engine's, the value is e + (z - z), with no gradient through the last z: the
+    backward-pass differentiable approximation (Athalye, Carlini and Wagner 2018, section 4.1; from memory). The bracket
+    is exactly 0, so the value is the engine's to the last bit; z + (e - z) would round, and an attack that stops at its
+    first wrong answer could stop at one that the engine never gives.
     """
 
     engine: Engine
@@ -38,7 +40,7 @@ class Shipped:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return values
         twin: Tensor = self.twin(x)
-        return twin + (values - twin).detach()
+        return values + (twin - twin.detach())
 
 
 def survivors(

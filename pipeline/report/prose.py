@@ -43,7 +43,10 @@ def summary(record: RunRecord, latest: Mapping[str, Measurement]) -> tuple[str, 
         )
     certified = latest.get("accuracy.certified.test")
     if certified is not None:
-        said.append(f"For {words.quantity(certified.value, 'fraction')} it is proved that no such change can fool it.")
+        said.append(
+            f"For {words.quantity(certified.value, 'fraction')} it is proved that no such change can fool the float "
+            "network; the proof does not cover the rounding of a lowered file."
+        )
     return tuple(said)
 
 
@@ -103,7 +106,8 @@ def meaning(
         (
             "Certified accuracy",
             "the share for which a sound bound proves that no change within the threat alters the answer. It is a "
-            "lower bound on what any attack could leave; the truth lies between certified and robust."
+            "lower bound on what any attack could leave of the float network, whose true robust accuracy lies between "
+            "its certified and its measured one; a file lowered to int8 or float16 is another network, and not covered."
             + ("" if "accuracy.certified.test" in latest else " It was not measured in this run."),
         ),
         (
@@ -114,14 +118,15 @@ def meaning(
         ),
         (
             "Hold-out and test",
-            "networks, settings and attempts are chosen on a hold-out cut from the training part; the test split is "
-            "read only after the choice is made, and nothing is chosen on it. A limit refused on the test "
-            "split ends the build.",
+            "networks, settings and attempts are chosen on a hold-out cut from the training part; nothing is chosen on "
+            "the test split, which only validate and export read. A limit refused on the test split ends the build. "
+            "Hold-out numbers are those that choices were made on, so they flatter a little.",
         ),
         (
             "What was measured",
-            "numbers named shipped were measured on the very file in the bundle, run by its engine; the others on the "
-            "network before it was lowered. Latency is of the machine named below, unless it was settled on "
+            "numbers named shipped were measured on the very ONNX file in the bundle, run by onnxruntime on the machine "
+            "named below; an engine that the device builds from it, or an .ort file beside it, may round otherwise. The "
+            "others are of the network before it was lowered. Latency is of that machine too, unless it was settled on "
             "the device.",
         ),
     )
