@@ -24,12 +24,14 @@ from torch import Tensor
 from pipeline.core.measurement import Measurement, exact
 from pipeline.core.record import Outcomes
 from pipeline.core.stage import Context, Emit, Files, Result
-from stages.attacks.base import QUICK, AttackSet
+from stages import evidence
+from stages.attacks.base import FOLDER as ATTACKS
+from stages.attacks.base import QUICK, Attack, AttackSet
 from stages.attacks.pgd import PGD
 from stages.data.base import Split
 from stages.evaluate import frozen, under_attack
 from stages.measure import accuracy
-from stages.method import InputError, Value
+from stages.method import InputError, Value, load
 from stages.nn import checkpoint
 from stages.nn.fold import fold
 from stages.nn.imported import imported
@@ -46,6 +48,8 @@ from targets.runtime.latency import measure
 from targets.runtime.ort import OrtEngine
 
 LIBRARIES = ("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "safetensors")
+# Named in evidence.jsonl, which is an input and no config.
+READS = (ATTACKS,)
 
 PassSpec = str | dict[str, Any]
 _FIGURES = ("figures.json", "images/")
@@ -60,8 +64,9 @@ class Config(Value):
     """`precision` is one of `precisions`, which the target's page maps to passes; the rest says how to measure.
 
     `machine` is the device's kind of processor where it is not this machine: then speed is owed and not measured here.
-    `attacks` go through the file (gradients through its torch twin). `calibration` images, half of them attacked, fix
-    the ranges of int8. `holdout_samples` bounds the images on which attempts are judged.
+    `attacks` go through the file (gradients through its torch twin), on the test images together with those of validate
+    that are not among them, so that file and float network stand up to the same. `calibration` images, half of them
+    attacked, fix the ranges of int8. `holdout_samples` bounds the images on which attempts are judged.
     """
 
     precision: str = "fp32"
@@ -185,10 +190,14 @@ def _attacked(
     test = splits.test.select(_positions(splits.test.indices, stored["indices"]))
     measured: list[Measurement] = []
     outcomes: dict[str, Outcomes] = {}
-    for part, split, replay in (("holdout", held, held_replay), ("test", test, stored["x_adv"])):
+    both = same_attacks(config.attacks, files["evidence.jsonl"])
+    for part, split, replay, attacks in (
+        ("holdout", held, held_replay, config.attacks),
+        ("test", test, stored["x_adv"], both),
+    ):
         clean, alive = survivors(
             shipped,
-            config.attacks,
+            attacks,
             split.images,
             split.labels,
             replay,
@@ -205,10 +214,22 @@ def _attacked(
     return tuple(measured), outcomes, findings
 
 
+def same_attacks(attacks: Sequence[Attack], found: Path) -> tuple[Attack, ...]:
+    """`attacks`, and those that struck the float network and are not among them.
+
+    A file that met weaker attacks than its float network survives more of them without hiding anything.
+    """
+    told: list[Attack] = [
+        load(ATTACKS, Attack, settings)  # type: ignore[type-abstract]
+        for settings in evidence.read(found).header.attacks.values()
+    ]
+    return (*attacks, *(attack for attack in told if attack not in attacks))
+
+
 def _suspicious(alive: Tensor, float_alive: Tensor | None, precision: str) -> tuple[str, ...]:
     """Rounding does not make a network robust: a file significantly more robust than the float network hides gradients.
 
-    Exact one-sided McNemar test on the same images, at 1 %.
+    Exact one-sided McNemar test on the same images and under the same attacks, at 1 %.
     """
     if float_alive is None:
         return ()
