@@ -9,13 +9,14 @@ import difflib
 import importlib
 import inspect
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 T = TypeVar("T", bound="Method")
 
@@ -80,7 +81,37 @@ def load(folder: str, base: type[T], data: object) -> T:
     if not isinstance(data, Mapping) or not isinstance(data.get("kind"), str):
         raise InputError(f'expected a name or a table with "kind", got {data!r}; there is {", ".join(names(folder))}')
     method = type_of(folder, base, data["kind"])
-    return method.load({key: value for key, value in data.items() if key != "kind"})
+    try:
+        return method.load({key: value for key, value in data.items() if key != "kind"})
+    except ValidationError as error:
+        raise _hinted(error, method) from None
+
+
+def unknown(key: str, valid: Iterable[str]) -> str:
+    """`unknown key; did you mean "epochs"?`, or all valid keys where none is close."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(key, names, n=1)
+    if close:
+        return f'unknown key; did you mean "{close[0]}"?'
+    return f"unknown key; there is {', '.join(names)}" if names else "unknown key"
+
+
+def finding(place: tuple[Any, ...], text: str) -> InitErrorDetails:
+    """A sentence at a place, for `ValidationError.from_exception_data`."""
+    literal: Any = text  # typed as a literal in pydantic; without a context the text is taken as it is
+    return InitErrorDetails(type=PydanticCustomError("section", literal), loc=place, input={})
+
+
+def _hinted(error: ValidationError, method: type[Method]) -> ValidationError:
+    """The same findings; a setting that the method does not have is answered with the nearest that it has."""
+    details: list[Any] = []
+    for detail in error.errors(include_url=False):
+        if detail["type"] == "extra_forbidden" and len(detail["loc"]) == 1:
+            details.append(finding(detail["loc"], unknown(str(detail["loc"][0]), method.model_fields)))
+        else:
+            text = detail["msg"].removeprefix("Value error, ")
+            details.append({**finding(detail["loc"], text), "input": detail["input"]})
+    return ValidationError.from_exception_data(method.__name__, details)
 
 
 def type_of(folder: str, base: type[T], kind: str) -> type[T]:

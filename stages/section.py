@@ -1,7 +1,6 @@
 """Flat sections: a stage's part of the spec names a method and holds its settings side by side with the stage's own."""
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import (
@@ -12,9 +11,9 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails
 
-from stages.method import InputError, Method, Value, type_of
+from stages.method import InputError, Method, Value, finding, type_of, unknown
 
 
 class Section(Value):
@@ -61,15 +60,6 @@ class Section(Value):
         return {**flat, **{key: value for key, value in nested.items() if key not in inner}}
 
 
-def unknown(key: str, valid: Iterable[str]) -> str:
-    """`unknown key; did you mean "epochs"?`, or all valid keys where none is close."""
-    names = sorted(valid)
-    close = difflib.get_close_matches(key, names, n=1)
-    if close:
-        return f'unknown key; did you mean "{close[0]}"?'
-    return f"unknown key; there is {', '.join(names)}" if names else "unknown key"
-
-
 def _embedded(cls: type[Section]) -> tuple[str, ...]:
     return ((cls.METHOD[0],) if cls.METHOD else ()) + cls.FLAT
 
@@ -93,16 +83,16 @@ def _nest(cls: type[Section], data: Mapping[str, Any]) -> tuple[dict[str, Any], 
             nested[field] = {"kind": kind}
         except InputError as error:
             named = False  # nobody knows which keys are the method's own, so only the name is found fault with
-            findings.append(_finding(("kind",), str(error)))
+            findings.append(finding(("kind",), str(error)))
     for key in flat:
         home = nested.setdefault(homes[key], {}) if key in homes else None
         if isinstance(home, dict) and key not in home:
             home[key] = data[key]
         elif key in homes:
-            findings.append(_finding((key,), f'given twice, here and in "{homes[key]}"'))
+            findings.append(finding((key,), f'given twice, here and in "{homes[key]}"'))
         elif named:
             valid = [*homes, *(k for k in cls.model_fields if k not in inner), *(("kind",) if cls.METHOD else ())]
-            findings.append(_finding((key,), unknown(key, valid)))
+            findings.append(finding((key,), unknown(key, valid)))
     return nested, findings
 
 
@@ -117,9 +107,9 @@ def _at_user_key(cls: type[Section], data: Mapping[str, Any], detail: Any) -> In
     loc: tuple[Any, ...] = detail["loc"]
     place = loc[1:] if loc and loc[0] in _embedded(cls) and loc[0] not in data else loc
     if detail["type"] == "extra_forbidden":
-        return _finding(place, unknown(str(loc[-1]), _fields_at(cls, loc[:-1])))
+        return finding(place, unknown(str(loc[-1]), _fields_at(cls, loc[:-1])))
     text = detail["msg"].removeprefix("Value error, ")
-    return InitErrorDetails(type=PydanticCustomError("section", _literal(text)), loc=place, input=detail["input"])
+    return {**finding(place, text), "input": detail["input"]}
 
 
 def _fields_at(cls: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
@@ -140,12 +130,3 @@ def _model(cls: type[Section], field: str) -> type[BaseModel]:
 
 def _is_model(found: object) -> bool:
     return isinstance(found, type) and issubclass(found, BaseModel)
-
-
-def _finding(loc: tuple[Any, ...], text: str) -> InitErrorDetails:
-    return InitErrorDetails(type=PydanticCustomError("section", _literal(text)), loc=loc, input={})
-
-
-def _literal(text: str) -> Any:
-    # Typed as a literal in pydantic; without a context the text is taken as it is.
-    return text

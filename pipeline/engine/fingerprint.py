@@ -2,12 +2,14 @@
 
 The code digest follows imports, not data flow: it over-invalidates (a comment changes a key), which is the safe side.
 Modules that are only named in data are added by rule: methods that a config holds (the planner finds them), whole
-folders that a stage reads names from (`READS` in the stage module), and the folders of `_WHOLE`.
+folders that a stage reads names from (`READS` in the stage module), and the folders of `_WHOLE` with what others have
+added to these through entry points.
 """
 
 import ast
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,7 +38,17 @@ def code_digest(modules: Iterable[str]) -> str:
         seen.add(name)
         todo += [m for m in _imports(name) if m not in seen]
         todo += [m for folder in _WHOLE.get(name, ()) for m in folder_modules(folder)]
-    return digest(["code", *((name, _file_of(name)) for name in sorted(seen))])
+    theirs = [row for name in _WHOLE if name in seen for folder in _WHOLE[name] for row in plugins(f"{folder}.")]
+    return digest(["code", *((name, _file_of(name)) for name in sorted(seen)), *theirs])
+
+
+@cache
+def plugins(prefix: str = "stages.") -> tuple[tuple[str, str, str, str], ...]:
+    """Third parties' methods in folders of this prefix: folder, name, place, and digest of the source file there."""
+    groups = [group for group in importlib.metadata.entry_points().groups if group.startswith(prefix)]
+    points = [point for group in groups for point in importlib.metadata.entry_points(group=group)]
+    rows = {(p.group, p.name, p.value, _file_of(p.value.partition(":")[0])) for p in points}
+    return tuple(sorted(rows))
 
 
 def folder_modules(folder: str) -> tuple[str, ...]:
@@ -151,11 +163,19 @@ def _file_of(module: str) -> str:
 
 
 def _foreign(module: str) -> Path | None:
-    """The source of a third party's method, found without importing anything new."""
-    import sys
-
-    origin = getattr(sys.modules.get(module), "__file__", None)
-    return Path(origin) if origin else None
+    """The source of a third party's module, found without importing anything new; what it imports is not followed."""
+    top, *rest = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except ValueError:
+        return None  # a module without a source, such as an interactive session
+    if spec is None:
+        return None
+    places = [Path(spec.origin)] if spec.origin and not rest else []
+    for folder in spec.submodule_search_locations or () if rest else ():
+        base = Path(folder).joinpath(*rest)
+        places += [base.with_suffix(".py"), base / "__init__.py"]
+    return next((path for path in places if path.is_file()), None)
 
 
 @cache

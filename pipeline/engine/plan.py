@@ -75,11 +75,15 @@ def _shape(draft: Draft, data: Mapping[str, Any]) -> list[str]:
 def _memo_key(data: Mapping[str, Any], page: Target, data_root: Path) -> str:
     try:
         versions = fingerprint.versions((*_LIBRARIES, *page.needs))
-        return digest(["plan", data, page.dump(), fingerprint.tree_digest(), versions, str(data_root.resolve())])
+        return digest(["plan", data, page.dump(), *_code(), versions, str(data_root.resolve())])
     except (TypeError, ValueError) as error:
         raise SpecError(
             [f"the spec holds a value that JSON cannot ({error}); dates, NaN and infinity are not used"]
         ) from None
+
+
+def _code() -> tuple[object, ...]:
+    return fingerprint.tree_digest(), fingerprint.plugins()
 
 
 def _remembered(memo: Path) -> Plan | None:
@@ -111,13 +115,13 @@ def _fresh(draft: Draft, page: Target, runs: Path, data_root: Path, memo: Path) 
         section = sections.plan_section(name, stages[name], budget[name], task, draft, findings)
         if section is not None:
             planned.append(section)
-    if len(planned) == len(ORDER):
+    if task is not None and len(planned) == len(ORDER):
         findings += _unmeasured(budget, budgets["regression"], planned, draft)
     missing = [name for name, version in fingerprint.versions(page.needs).items() if version == "absent"]
     findings += [f'target {page.name} needs "{name}", which is not installed; `pip install {name}`' for name in missing]
     spec = _spec({**data, "task": task_dump, "stages": stages}, {**budgets, "budget": budget}, page, draft, findings)
     if findings or spec is None or task is None:
-        raise SpecError(findings)
+        raise SpecError(tuple(dict.fromkeys(findings)))
     files = sections.data_files(task, data_root)
     steps = tuple(
         Step(

@@ -85,14 +85,15 @@ def plan_section(
         attempts.append(Attempt(overrides=over, config=config.model_dump(mode="json"), code=code))
         try:
             measures |= module.measures(config, task_dump) if task is not None else frozenset()
-        except ValueError as error:
+        except (ValueError, BadInput) as error:
             findings.append(f"{draft.where(where)}: {error}")
     if len(findings) > before:
         return None
     bisect = None
     if knob is not None:
         path = _turned(attempts[0].config, attempts[1].config)
-        bisect = Bisect(**knob, path=path, base=attempts[0])
+        integer = all(isinstance(_leaf(attempt.config, path), int) for attempt in attempts)
+        bisect = Bisect(**knob, path=path, base=attempts[0], integer=integer)
         attempts = []
     return Section(
         name=name,
@@ -110,7 +111,7 @@ def parsed(owner: type[M], table: object, at: At, draft: Draft, findings: list[s
         return owner.model_validate(table)
     except ValidationError as error:
         findings += sentences(error, owner, at, draft)
-    except ValueError as error:
+    except (ValueError, BadInput) as error:
         findings.append(f"{draft.where(at)}: {error}")
     return None
 
@@ -118,19 +119,39 @@ def parsed(owner: type[M], table: object, at: At, draft: Draft, findings: list[s
 def sentences(error: ValidationError, owner: type[BaseModel], at: At, draft: Draft) -> list[str]:
     """One sentence per finding: place, what was expected, what came, and the nearest name for an unknown key."""
     found = []
-    for detail in error.errors(include_url=False, include_context=False):
+    details = error.errors(include_url=False, include_context=False)
+    for detail in details:
         loc = tuple(str(part) for part in detail["loc"])
+        if detail["type"] == "too_short" and any(_within(other["loc"], detail["loc"]) for other in details):
+            continue  # pydantic counts only the items that fit
         place = draft.where((*at, *loc))
         if detail["type"] == "extra_forbidden":
-            found.append(f"{place}: unknown key{nearest(loc[-1], owner.model_fields)}")
+            valid = _fields_at(owner, loc[:-1])
+            found.append(f"{place}: unknown key{nearest(loc[-1], valid) if valid else ''}")
         elif detail["type"] == "missing":
             found.append(f"{place}: missing")
         else:
             message = detail["msg"].removeprefix("Value error, ")
             got = detail["input"]
-            shown = "" if isinstance(got, Mapping) or repr(got) in message else f"; got {got!r:.80}"
+            known = isinstance(got, Mapping) or repr(got) in message or f'"{got}"' in message
+            shown = "" if known else f"; got {got!r:.80}"
             found.append(f"{place}: {message}{shown}")
     return list(dict.fromkeys(found))
+
+
+def _within(inner: tuple[object, ...], outer: tuple[object, ...]) -> bool:
+    return len(inner) > len(outer) and inner[: len(outer)] == outer
+
+
+def _fields_at(owner: type[BaseModel], loc: Sequence[str]) -> tuple[str, ...]:
+    """The keys that are valid at a place, as far as annotations tell."""
+    model: Any = owner
+    for part in loc:
+        field = model.model_fields.get(part)
+        model = None if field is None else field.annotation
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return ()
+    return tuple(model.model_fields)
 
 
 def _readers(task: Any) -> tuple[str, ...]:
@@ -157,6 +178,11 @@ def _turned(boldest: Mapping[str, Any], gentlest: Mapping[str, Any]) -> tuple[st
         if value != gentlest[key]:
             return (key, *_turned(value, gentlest[key])) if isinstance(value, Mapping) else (key,)
     return ()
+
+
+def _leaf(config: Any, path: Sequence[str]) -> Any:
+    """What a field holds once parsed: whole for a number of epochs, whatever way the spec wrote it."""
+    return _leaf(config[path[0]], path[1:]) if path else config
 
 
 def _engine_keys(table: Mapping[str, Any], at: At, draft: Draft, findings: list[str]) -> dict[str, Any]:
@@ -186,8 +212,7 @@ def _attempts(
         numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in [*ends, probes])
         sound = not unknown and numbers and ends[0] != ends[1]
         if sound and isinstance(knob, str) and isinstance(probes, int) and probes >= 2:
-            integer = all(isinstance(x, int) for x in ends)
-            bisect = {"knob": knob, "boldest": ends[0], "gentlest": ends[1], "probes": probes, "integer": integer}
+            bisect = {"knob": knob, "boldest": ends[0], "gentlest": ends[1], "probes": probes}
             return [{knob: ends[0]}, {knob: ends[1]}], bisect
     findings.append(
         f"{where}: expected a list of overrides such as [{{ ratio = 0.75 }}, {{ ratio = 0.5 }}], or "

@@ -6,10 +6,11 @@ import pytest
 from pydantic import ValidationError
 
 from stages.fitting.optim import Fit
+from stages.method import unknown
 from stages.recipes.at import AdversarialTraining
 from stages.recipes.base import FOLDER, AnyRecipe, Recipe
 from stages.recipes.natural import Natural
-from stages.section import Section, unknown
+from stages.section import Section
 
 
 class Sample(Section):
