@@ -66,6 +66,7 @@ prepare_image() {
     debian "$(dpkg --print-architecture)" "$root" python3,python3-venv,ca-certificates,netbase
     # What the packages' configuration would have done, as far as a build needs it.
     for file in passwd group; do cp "$root/usr/share/base-passwd/$file.master" "$root/etc/$file"; done
+    mkdir -p "$root/usr/local/bin"
     ln -s /usr/bin/python3 "$root/usr/local/bin/python3" && ln -s python3 "$root/usr/local/bin/python"
     # Registries may answer with a certificate that only this machine's bundle knows.
     cp -L "$certificates" "$root/etc/ssl/certs/ca-certificates.crt"
