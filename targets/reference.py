@@ -15,7 +15,8 @@ TARGET = Target(
     },
     budget={
         "export": (
-            Limit(metric="parity.top1", at_least=0.99),
+            # Of an interval's low end: 0.971 where all 130 held-out digits agree, 0.985 for 256 images.
+            Limit(metric="parity.top1", at_least=0.97),
             Limit(metric="size.model", at_most=512 << 20),
             Limit(metric="latency.p95", at_most=1000),
             Limit(metric="memory.peak", at_most=2 << 30),
