@@ -17,7 +17,8 @@ RUN pip install -c constraints.txt -e ".[build,cpu,rtx,serve]"
 ENTRYPOINT ["python", "-m", "pipeline"]
 
 FROM build AS ci
-COPY Makefile ./
+COPY Makefile Dockerfile CHANGELOG.md CONTRIBUTING.md ./
+COPY docs docs
 COPY tests tests
 COPY benchmarks benchmarks
 RUN pip install -c constraints.txt -e ".[build,cpu,rtx,serve,test]"
@@ -31,7 +32,7 @@ RUN python -m venv /opt/temper \
 FROM python:3.11-slim AS serve
 # Off before onnxruntime is first imported, wherever the import happens.
 ENV ORT_DISABLE_TELEMETRY=1 PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PATH=/opt/temper/bin:$PATH
-RUN useradd --system --uid 10001 --no-create-home temper
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin temper
 COPY --from=wheels /opt/temper /opt/temper
 WORKDIR /app
 COPY pipeline/__init__.py pipeline/__main__.py pipeline/
