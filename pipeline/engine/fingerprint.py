@@ -24,6 +24,8 @@ ROOTS = ("pipeline", "stages", "targets")
 
 # Reaching the left one counts every module of the right one: it loads them by a name found in a file.
 _WHOLE = {"stages.nn.arch": ("stages.nn",), "targets.lowering.apply": ("targets.passes",)}
+# Files that a module hands on as they are.
+_FILES = {"stages.export": ("targets/runtime/predict_bundle.txt",)}
 _DATA_SUFFIXES = (".py", ".txt", ".j2")
 
 
@@ -39,7 +41,8 @@ def code_digest(modules: Iterable[str]) -> str:
         todo += [m for m in _imports(name) if m not in seen]
         todo += [m for folder in _WHOLE.get(name, ()) for m in folder_modules(folder)]
     theirs = [row for name in _WHOLE if name in seen for folder in _WHOLE[name] for row in plugins(f"{folder}.")]
-    return digest(["code", *((name, _file_of(name)) for name in sorted(seen)), *theirs])
+    files = [(path, file_digest(REPOSITORY / path)) for name in _FILES if name in seen for path in _FILES[name]]
+    return digest(["code", *((name, _file_of(name)) for name in sorted(seen)), *theirs, *files])
 
 
 @cache
