@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.cli._probes import TORCH, ask
 from pipeline.cli.options import draft_of, line_options, roots
 from pipeline.cli.summary import summary
 from pipeline.cli.ui import screen
-from pipeline.core.errors import PASSED
+from pipeline.core.errors import PASSED, BadInput
 from pipeline.core.record import RunRecord
 from pipeline.engine.build import Built, build
 from pipeline.engine.plan import plan
@@ -52,6 +53,7 @@ def execute(args: argparse.Namespace, approve: Callable[[Plan], None] = lambda _
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if args.threads is not None:
         os.environ.update(dict.fromkeys(_THREADS, str(args.threads)))
+    _present(args.device)
     runs, data_root = roots(args)
     with _interruptible():
         Store(runs / "store")  # one that we cannot use is refused before planning writes into it
@@ -84,6 +86,17 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _present(device: str) -> None:
+    """Raises `BadInput` where the accelerator that was asked for is not there, before anything is built."""
+    if device == "cpu":
+        return
+    found, why = ask(TORCH)
+    wanted = int(device.partition(":")[2] or 0)
+    if found is None or wanted >= len(found):
+        there = f"PyTorch sees {', '.join(found)}" if found else why or "PyTorch sees no such device here"
+        raise BadInput(f"--device {device}: {there}; `python -m pipeline doctor` says more, --device cpu always works")
 
 
 def _device(text: str) -> str:

@@ -1,6 +1,7 @@
 """Options that `build`, `ci` and `plan` share."""
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def line_options(parser: argparse.ArgumentParser) -> None:
 def draft_of(args: argparse.Namespace) -> Draft:
     settings = list(args.set)
     if args.name is not None:
-        settings.append(f"name={args.name}")
+        settings.append(f"name={json.dumps(args.name)}")  # a text, also where it looks like a number
     if args.seed is not None:
         settings.append(f"seed={args.seed}")
     return read(args.spec, args.preset, settings)

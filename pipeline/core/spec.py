@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pipeline.core.errors import BadInput, SpecError, nearest
 from pipeline.core.gate import Budget
@@ -23,6 +23,9 @@ _STAGES = ("search", "train", "compress", "validate", "export")
 
 At = tuple[str, ...]
 
+# A folder's name, short enough for a target behind it.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
 
 class Spec(Value):
     """`stages` holds one section per stage, `budget` and `regression` limits per stage.
@@ -30,13 +33,23 @@ class Spec(Value):
     Budgets are in no cache key: a tighter one judges the stored measurements again and reruns nothing.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str
     seed: int = Field(default=0, ge=0)
     target: str = "reference"
     task: dict[str, Any]
     stages: dict[str, dict[str, Any]] = {}
     budget: dict[str, Budget] = {}
     regression: dict[str, Budget] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                'expected up to 100 letters, digits, ".", "_" and "-", a letter or digit first, '
+                f'since the run\'s folder is named so; got "{name:.60}"'
+            )
+        return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +78,20 @@ def read(path: Path | None = None, preset: str | None = None, settings: Sequence
     Raises `BadInput` where a file cannot be read or is no TOML, `SpecError` for an unknown preset or setting.
     """
     layers: list[tuple[dict[str, Any], dict[At, str]]] = []
+    written = ""
     if path is not None:
         layers.append(_file(path, str(path)))
         named = layers[0][0].pop("preset", None)
         if named is not None and not isinstance(named, str):
-            raise SpecError([f"{path}: preset: expected a name, got {named!r}"])
-        preset = preset or named
+            raise SpecError([f"{layers[0][1][('preset',)]}: preset: expected a name, got {named!r}"])
+        if named is not None:
+            preset, written = named, f"{layers[0][1][('preset',)]}: "
         layers[0][0].setdefault("name", _name_of(path))
     elif preset is None:
         preset = "digits"
     if preset is not None:
         if preset not in presets():
-            raise SpecError([f'no preset "{preset}"{nearest(preset, presets())}'])
+            raise SpecError([f'{written}no preset "{preset}"{nearest(preset, presets())}'])
         base, places = _file(PRESETS / f"{preset}.toml", f"preset {preset}")
         base.setdefault("name", preset)
         layers.insert(0, (base, places))
@@ -85,22 +100,40 @@ def read(path: Path | None = None, preset: str | None = None, settings: Sequence
     places = {}
     for table, table_places in layers:
         merge_into(data, table)
-        places.update(table_places)
+        places = {at: place for at, place in places.items() if _stands(at, table)} | table_places
     return Draft(data, places)
 
 
+_NAMING = ("kind", "builder")
+
+
 def merge_into(base: dict[str, Any], over: Mapping[str, Any]) -> None:
-    """Lay `over` over `base`: tables key by key, anything else replaced. A table that names another kind replaces."""
+    """Lay `over` over `base`: tables key by key, anything else replaced.
+
+    A table that names another kind or builder replaces: the options of the old one would not fit the new one.
+    """
     for key, value in over.items():
         old = base.get(key)
         if (
             isinstance(old, dict)
             and isinstance(value, Mapping)
-            and value.get("kind", old.get("kind")) == old.get("kind")
+            and all(value.get(name, old.get(name)) == old.get(name) for name in _NAMING)
         ):
             merge_into(old, value)
         else:
             base[key] = _copy(value)
+
+
+def _stands(at: At, over: Mapping[str, Any]) -> bool:
+    """Whether what was written at `at` is not replaced, by a list or a number of a later layer, as a whole."""
+    found: Any = over
+    for part in at:
+        if not isinstance(found, Mapping):
+            return False
+        if part not in found:
+            return True
+        found = found[part]
+    return True
 
 
 def _copy(value: Any) -> Any:
@@ -115,11 +148,13 @@ def _name_of(path: Path) -> str:
 
 def _file(path: Path, label: str) -> tuple[dict[str, Any], dict[At, str]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark in front
     except FileNotFoundError:
         raise BadInput(f"{label}: no such file; `python -m pipeline init` writes a spec for your data") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{label}: cannot be read as UTF-8 text: {error}") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{label}: expected UTF-8 text, got byte {error.object[error.start]:#04x}; save it so") from None
+    except OSError as error:
+        raise BadInput(f"{label}: cannot be read: {error.strerror or error}; expected a spec file (TOML)") from None
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -163,6 +198,8 @@ def _setting(text: str) -> tuple[dict[str, Any], dict[At, str]]:
         raise SpecError([f'--set {text}: expected a.b=value, such as "train.epochs=3"'])
     if at[0] in _STAGES:
         at = ("stages", *at)
+    if at == ("preset",):
+        raise SpecError([f"--set {text}: a preset lies below everything else; give it with --preset"])
     if at[0] not in SECTIONS:
         raise SpecError([f'--set {text}: no section "{at[0]}"{nearest(at[0], (*SECTIONS, *_STAGES))}'])
     try:
