@@ -26,6 +26,9 @@ T = TypeVar("T", bound=Value)
 Strength = Literal["quick", "standard"]
 """Only the reference ensemble at its reference settings is standard."""
 
+STRENGTH: Strength = "quick"
+"""Every attack set on offer is lighter than the reference ensemble at its reference settings, and says so."""
+
 
 class Header(Value):
     """What was asked. `attacks` and `certifiers` map a name to the full settings; `model` is the SHA-256 of the weights

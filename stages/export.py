@@ -40,6 +40,7 @@ from stages.seeding import derive, generator
 from stages.shipped import Shipped, survivors
 from stages.task import Splits, Task
 from stages.threat import Threat
+from stages.tuning import sample
 from targets.lowering.apply import Lowered, apply, check_passes, passes_for, prove
 from targets.lowering.parity import between, logits_of
 from targets.passes.base import Kit
@@ -182,7 +183,7 @@ def _attacked(
     config: Config,
     ctx: Context,
 ) -> tuple[tuple[Measurement, ...], dict[str, Outcomes], tuple[str, ...]]:
-    held = _subset(splits.holdout, config.holdout_samples, ctx.seed)
+    held = sample(splits.holdout, config.holdout_samples)
     _, held_replay = under_attack(
         net, PGD(steps=20, loss="margin"), held.images, held.labels, threat, derive(ctx.seed, "replay")
     )
@@ -190,7 +191,8 @@ def _attacked(
     test = splits.test.select(_positions(splits.test.indices, stored["indices"]))
     measured: list[Measurement] = []
     outcomes: dict[str, Outcomes] = {}
-    both = same_attacks(config.attacks, files["evidence.jsonl"])
+    told = evidence.read(files["evidence.jsonl"])
+    both = same_attacks(config.attacks, told)
     for part, split, replay, attacks in (
         ("holdout", held, held_replay, config.attacks),
         ("test", test, stored["x_adv"], both),
@@ -211,19 +213,25 @@ def _attacked(
             outcomes |= bits
         if part == "test":
             findings = _suspicious(alive, stored.get("survived"), config.precision)
+            proved = {e.index for e in told.examples if any(e.certified.values())}
+            fooled = sum(index in proved for index in split.indices[~alive].tolist())
+            if fooled:
+                text = f"{fooled} of {len(proved)} images proved for the float network are broken on the file"
+                findings = (*findings, text) if config.precision == "fp32" else findings
+                ctx.emit("note", {"text": text})
     return tuple(measured), outcomes, findings
 
 
-def same_attacks(attacks: Sequence[Attack], found: Path) -> tuple[Attack, ...]:
+def same_attacks(attacks: Sequence[Attack], told: evidence.Evidence) -> tuple[Attack, ...]:
     """`attacks`, and those that struck the float network and are not among them.
 
     A file that met weaker attacks than its float network survives more of them without hiding anything.
     """
-    told: list[Attack] = [
+    struck: list[Attack] = [
         load(ATTACKS, Attack, settings)  # type: ignore[type-abstract]
-        for settings in evidence.read(found).header.attacks.values()
+        for settings in told.header.attacks.values()
     ]
-    return (*attacks, *(attack for attack in told if attack not in attacks))
+    return (*attacks, *(attack for attack in struck if attack not in attacks))
 
 
 def _suspicious(alive: Tensor, float_alive: Tensor | None, precision: str) -> tuple[str, ...]:
@@ -246,11 +254,6 @@ def _suspicious(alive: Tensor, float_alive: Tensor | None, precision: str) -> tu
 
 def _progress(emit: Emit, part: str) -> Any:
     return lambda done, total: emit("progress", {"label": f"attack the file ({part})", "done": done, "total": total})
-
-
-def _subset(split: Split, samples: int, seed: int) -> Split:
-    order = torch.randperm(len(split), generator=generator(seed, "holdout"))
-    return split.select(order[:samples].sort().values)
 
 
 def _positions(indices: Tensor, wanted: Tensor) -> Tensor:
@@ -329,8 +332,7 @@ def _contract(splits: Splits, threat: Threat, config: Config) -> dict[str, Any]:
         "output": {"name": "logits", "classes": len(splits.classes)},
         "labels": list(splits.classes),
         "threat": {"norm": threat.norm, "eps": threat.eps},
-        # Anything lighter than the reference ensemble is called quick.
-        "attacks": "standard" if any(attack.kind == "auto" for attack in config.attacks) else "quick",
+        "attacks": evidence.STRENGTH,
     }
     return {key: value for key, value in found.items() if value is not None}
 

@@ -30,9 +30,6 @@ from stages.validity import Finding, Point
 
 LIBRARIES = ("torch", "numpy", "safetensors", "pydantic", "pillow")
 
-STRENGTH: evidence.Strength = "quick"
-"""Every attack set on offer is lighter than the reference ensemble at its reference settings, and says so."""
-
 _BATCH = 256
 
 
@@ -84,7 +81,7 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
         header = evidence.Header(
             threat=task.threat.dump(),
             split="test",
-            strength=STRENGTH,
+            strength=evidence.STRENGTH,
             attacks={name: attack.dump() for name, attack in struck.attacks.items()},
             certifiers={name: certifier.dump() for name, certifier in proved.certifiers.items()},
             seed=ctx.seed,
@@ -238,4 +235,6 @@ def _digest(files: Files) -> str:
 
 
 def _progress(ctx: Context, label: str) -> OnStep:
-    return lambda done, total: ctx.emit("progress", {"label": f"{label} ({STRENGTH})", "done": done, "total": total})
+    return lambda done, total: ctx.emit(
+        "progress", {"label": f"{label} ({evidence.STRENGTH})", "done": done, "total": total}
+    )

@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
         _writable(out, args.baseline)
 
     def comparable(made: Plan) -> None:
-        check_baseline(baseline, made.spec, made.data_digest, args.baseline)
+        configs = {s.name: (s.bisect.base if s.bisect else s.attempts[0]).config for s in made.steps}
+        check_baseline(baseline, made.spec, made.data_digest, args.baseline, configs)
 
     built = execute(args, comparable)
     comparison = None if built.refused else compare(baseline, built.record)

@@ -12,6 +12,9 @@ from pipeline.core.record import Outcomes
 
 ORDER = ("search", "train", "compress", "validate", "export")
 
+MEASURING = ("attacks", "certify", "holdout_attack", "holdout_samples", "samples")
+"""Keys of a stage's config that say how it measures; numbers of two runs compare only where these are equal."""
+
 Files = Mapping[str, Path]
 Emit = Callable[[str, Mapping[str, object]], None]
 C = TypeVar("C", bound=BaseModel)

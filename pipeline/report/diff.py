@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.errors import BadInput
 from pipeline.core.gate import Limit, Reason, Verdict, judge, show
 from pipeline.core.measurement import Measurement
 from pipeline.core.record import Outcomes, RunRecord, StageRecord
 from pipeline.core.spec import Spec
-from pipeline.core.stage import ORDER
+from pipeline.core.stage import MEASURING, ORDER
 from pipeline.report.paired import holm, mcnemar
 
 LEVEL = 0.01
@@ -99,10 +100,17 @@ def compare(before: RunRecord, after: RunRecord) -> Comparison:
     return Comparison(_tested(changes, old, new))
 
 
-def check_baseline(baseline: RunRecord, spec: Spec, data_digest: str, where: Path) -> None:
+def check_baseline(
+    baseline: RunRecord,
+    spec: Spec,
+    data_digest: str,
+    where: Path,
+    configs: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Raises `BadInput` where a comparison with `baseline` would mean nothing; made before anything is built.
 
-    Task (data, threat, splits), target and the bytes of the data must be the same, and every `max_loss` limit of the
+    Task (data, threat, splits), target and the bytes of the data must be the same, every stage must measure as it did
+    (the same attacks on as many images; `configs` are the planned ones by stage), and every `max_loss` limit of the
     spec must find its measurement.
     """
     findings = _differences("task", baseline.spec.task, spec.task)
@@ -112,13 +120,16 @@ def check_baseline(baseline: RunRecord, spec: Spec, data_digest: str, where: Pat
         findings.append(
             f"data files: the baseline was measured on data {baseline.data_digest[:12]}, here lies {data_digest[:12]}"
         )
+    stages = _by_stage(baseline)
+    for stage, config in (configs or {}).items():
+        for key in MEASURING if stage in stages else ():
+            findings += _differences(f"{stage}.{key}", stages[stage].config.get(key), config.get(key))
     if findings:
         raise BadInput(
             f"{where}: a foreign baseline; "
             + "; ".join(findings)
             + "; compare with a record of the same task, or make a new baseline with `build`"
         )
-    stages = _by_stage(baseline)
     for stage, budget in spec.regression.items():
         known = {m.name for m in stages[stage].measurements} if stage in stages else set()
         missing = [limit.metric for limit in budget if limit.max_loss is not None and limit.metric not in known]

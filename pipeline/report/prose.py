@@ -39,7 +39,7 @@ def summary(record: RunRecord, latest: Mapping[str, Measurement]) -> tuple[str, 
         said.append(
             f"The {'shipped file' if shipped else 'network'} is right on {words.quantity(clean.value, 'fraction')} of "
             f"{clean.samples:,} test images, and stays right on {words.quantity(robust.value, 'fraction')} of "
-            f"{robust.samples:,} under the strongest of the attacks tried, with {words.threat(record.spec.task)}."
+            f"{robust.samples:,} under the worst of quick attacks, with {words.threat(record.spec.task)}."
         )
     certified = latest.get("accuracy.certified.test")
     if certified is not None:
@@ -124,10 +124,10 @@ def meaning(
         ),
         (
             "What was measured",
-            "numbers named shipped were measured on the very ONNX file in the bundle, run by onnxruntime on the machine "
-            "named below; an engine that the device builds from it, or an .ort file beside it, may round otherwise. The "
-            "others are of the network before it was lowered. Latency is of that machine too, unless it was settled on "
-            "the device.",
+            "numbers named shipped were measured on the very ONNX file in the bundle, run by onnxruntime on the "
+            "machine named below; an engine that the device builds from it, or an .ort file beside it, may round "
+            "otherwise. The others are of the network before it was lowered. Latency is of that machine too, unless "
+            "it was settled on the device.",
         ),
     )
 

@@ -8,7 +8,7 @@ from stages.attacks.square import Square
 from stages.export import same_attacks
 
 
-def told(folder: Path, **attacks: PGD | Square) -> Path:
+def told(folder: Path, **attacks: PGD | Square) -> evidence.Evidence:
     path = folder / "evidence"
     header = evidence.Header(
         threat={"norm": "linf", "eps": 0.1},
@@ -21,7 +21,7 @@ def told(folder: Path, **attacks: PGD | Square) -> Path:
         examples=0,
     )
     evidence.write(path, header, [])
-    return path
+    return evidence.read(path)
 
 
 def test_what_validate_ran_beyond_exports_own_is_added_once(tmp_path: Path) -> None:

@@ -188,6 +188,17 @@ def test_a_baseline_of_other_data_or_another_target_is_refused() -> None:
         check_baseline(record, record.spec.model_copy(update={"target": "x86_cpu"}), record.data_digest, WHERE)
 
 
+def test_a_weaker_attack_is_not_compared_with_a_stronger_one() -> None:
+    record = sample.passed()
+    same = {stage.name: stage.config for stage in record.chosen()}
+    check_baseline(record, record.spec, record.data_digest, WHERE, same)
+    weaker = {**same, "validate": {**same["validate"], "attacks": ["fgsm"]}}
+    with pytest.raises(BadInput, match=r"validate.attacks: the baseline has .*square.*, this build .*fgsm"):
+        check_baseline(record, record.spec, record.data_digest, WHERE, weaker)
+    other_precision = {**same, "export": {**same["export"], "precision": "fp32"}}
+    check_baseline(record, record.spec, record.data_digest, WHERE, other_precision)
+
+
 def test_a_baseline_that_lacks_a_limited_metric_is_refused_before_work_starts() -> None:
     record = sample.passed()
     with pytest.raises(
