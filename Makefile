@@ -32,6 +32,8 @@ clean:
 
 # torch first and alone: with it in place no other package can pull another build of it.
 $(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "needs Python 3.11 or newer with venv (Debian: apt-get install python3-venv); or: make PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools torch numpy
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[build,cpu,serve,test]'

@@ -77,6 +77,9 @@ def _run(name: str, argv: list[str]) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing in ("pipeline", "stages", "targets"):
             raise
+        if missing == "tomllib":
+            print(f"temper {name}: needs Python 3.11 or newer; bundles alone run on 3.10", file=sys.stderr)
+            return 2
         print(f'temper {name}: needs "{missing}"; `pip install "temper-edge[build,cpu]"`', file=sys.stderr)
         return 2
     parser = argparse.ArgumentParser(prog=f"python -m pipeline {name}", description=summary)
