@@ -68,7 +68,7 @@ def console() -> None:
 
 
 def _run(name: str, argv: list[str]) -> int:
-    import argparse
+    from pipeline.cli._parser import Parser
 
     module, summary = COMMANDS[name]
     try:
@@ -82,7 +82,7 @@ def _run(name: str, argv: list[str]) -> int:
             return 2
         print(f'temper {name}: needs "{missing}"; `pip install "temper-edge[build,cpu]"`', file=sys.stderr)
         return 2
-    parser = argparse.ArgumentParser(prog=f"python -m pipeline {name}", description=summary)
+    parser = Parser(prog=f"python -m pipeline {name}", description=summary)
     command.arguments(parser)
     status: int = command.run(parser.parse_args(argv))
     return status

@@ -21,10 +21,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     runs, data_root = roots(args)
+    store = Store(runs / "store")  # one that we cannot use is refused before planning writes into it
     made = plan(draft_of(args), args.target, runs, data_root)
     before = _last(runs / f"{made.spec.name}-{made.spec.target}" / "plan.json")
     print(f"{made.spec.name} for {made.spec.target}: {len(made.steps)} stages, data {made.data_digest[:12]}")
-    for line in _lines(made, Store(runs / "store"), before):
+    for line in _lines(made, store, before):
         print(line)
     return 0
 

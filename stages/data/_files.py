@@ -57,6 +57,10 @@ def arrays(path: Path) -> dict[str, NDArray[np.generic]]:
     try:
         # Opened here: where NumPy opens a file itself and then refuses it, it leaves it open.
         with path.open("rb") as file:
+            magic = file.read(6)
+            if magic[:2] != b"PK" and magic != b"\x93NUMPY":  # NumPy would advise to unpickle it
+                raise InputError(f"{path}: expected a .npz archive of named arrays, got another kind of file")
+            file.seek(0)
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise InputError(f"{path}: expected a .npz archive of named arrays, got a single array")

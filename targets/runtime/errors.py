@@ -4,6 +4,7 @@ BundleError (ValueError)    2  a bundle that cannot be used: not there, not comp
 ├── TamperedError           2  a file that differs from the manifest, is missing, was added, or is a link
 ├── BadImages               2  images of the wrong shape, type or range
 ├── MissingRuntime          2  the inference runtime or provider that was asked for is not there
+├── BadOption                2  an option of a command that cannot be used, such as a port that is taken
 └── EngineError             3  TensorRT refused the graph, crashed, or built nothing
 """
 
@@ -22,6 +23,10 @@ class BadImages(BundleError):
 
 class MissingRuntime(BundleError):
     """No inference runtime that can run the model as asked."""
+
+
+class BadOption(BundleError):
+    """An option that cannot be used here."""
 
 
 class EngineError(BundleError):

@@ -8,12 +8,14 @@ Bad input is answered 4xx with {"error": ...}: 413 too large, 422 anything else 
 """
 
 import argparse
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from targets.runtime._options import at_least_one
 from targets.runtime.body import decode
-from targets.runtime.errors import BadImages, MissingRuntime
+from targets.runtime.errors import BadImages, BadOption, MissingRuntime
 from targets.runtime.predictor import Predictor, decide, open_bundle
 
 if TYPE_CHECKING:
@@ -28,31 +30,46 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="a bundle, or the folder of the run that made it")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port (default 8000; 0 takes a free one)")
-    parser.add_argument("--threads", type=int, default=1, help="threads inside one operator (default 1)")
+    parser.add_argument("--threads", type=at_least_one, default=1, help="threads inside one operator (default 1)")
     parser.add_argument(
         "--runtime", choices=("auto", "cpu", "onnxruntime", "tensorrt"), default="auto", help="what computes the logits"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until interrupted. A bundle that is not as recorded raises `BundleError` (status 2) before it listens."""
+    """Serves until interrupted.
+
+    A bundle that is not as recorded, and an address that cannot be listened on, raise `BundleError` (status 2) first.
+    """
     predictor = open_bundle(args.bundle, verify=True, threads=args.threads, runtime=args.runtime)
     app = make_app(predictor)
     import uvicorn
 
+    listener = _listen(args.host, args.port)
     bundle = predictor.bundle
     sys.stderr.write(f"serving {bundle.name} for {bundle.target}: {bundle.model} on {predictor.provider}\n")
     for metric in bundle.still_owed():
         sys.stderr.write(f"limit owed on the device: {metric}; run `finish` there\n")
     if predictor.provider not in (bundle.provider, "TensorRT"):
         sys.stderr.write(f"{bundle.provider} does not work here; the processor computes\n")
+    # The address in full: the server itself names none that it has not bound. Who connects now waits until it answers.
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    sys.stderr.write(f"running on http://{host}:{listener.getsockname()[1]} (Ctrl-C stops)\n")
     sys.stderr.flush()
-    config = uvicorn.Config(
-        app, host=args.host, port=args.port, log_level="info", access_log=False, limit_concurrency=MAX_REQUESTS
-    )
+    config = uvicorn.Config(app, log_level="info", access_log=False, limit_concurrency=MAX_REQUESTS)
     server = uvicorn.Server(config)
-    server.run()
+    server.run(sockets=[listener])
     return 0 if server.started else 2
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bound here, since the server would answer a port that is taken with a log of its own and exit status 1."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise BadOption(f"cannot listen on {host} port {port}: {why}; choose another with --host, --port") from error
 
 
 def make_app(predictor: Predictor, max_bytes: int = MAX_BYTES) -> "FastAPI":

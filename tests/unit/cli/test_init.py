@@ -131,7 +131,7 @@ def test_an_existing_spec_is_kept_unless_forced(capsys: pytest.CaptureFixture[st
         (["own", "--groups", "zzz(z)"], 'does not match the group pattern "zzz(z)"'),
         (["own", "--size", "2"], "greater than or equal to 4"),
         (["own", "--name", "a/b"], '--name: expected letters, digits, ".", "_" and "-", got "a/b"'),
-        (["own/a/a_0_0.png"], "a_0_0.png: not a readable .npz"),
+        (["own/a/a_0_0.png"], "a_0_0.png: expected a .npz archive"),
         (["own/a"], "expected folders only, one per class, got a file"),
     ],
 )
