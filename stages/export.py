@@ -33,7 +33,7 @@ from stages.evaluate import frozen, under_attack
 from stages.measure import accuracy
 from stages.method import InputError, Value, load
 from stages.nn import checkpoint
-from stages.nn.fold import fold
+from stages.nn.fold import dense, fold
 from stages.nn.imported import imported
 from stages.nn.to_onnx import export
 from stages.seeding import derive, generator
@@ -111,7 +111,7 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
     task = Task.load(ctx.task)
     splits = task.open(ctx.data_root)
     model = checkpoint.load(files["arch.json"], files["weights.safetensors"])
-    net = fold(model.net)
+    net = dense(fold(model.net))  # the same function, and faster to attack
     with frozen(net):
         ctx.emit("progress", {"label": "export to ONNX", "done": 0, "total": 4})
         plain = ctx.scratch / "model.onnx"

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -22,7 +23,7 @@ from stages.evaluate import OnStep, frozen, under_attack
 from stages.measure import accuracy
 from stages.method import InputError, Value
 from stages.nn import _atomic, checkpoint
-from stages.nn.fold import fold
+from stages.nn.fold import dense, fold
 from stages.scene import Proved, Scene, Struck, write
 from stages.seeding import derive, generator
 from stages.task import Task
@@ -73,10 +74,11 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
     test = _sample(splits.test, config.samples, task.split_seed)
     net = fold(checkpoint.load(files[checkpoint.ARCH], files[checkpoint.WEIGHTS]).net).to(ctx.device)
     ctx.scratch.mkdir(parents=True, exist_ok=True)
-    with frozen(net):
-        scene = Scene.of(net, test, task.threat, ctx.device)
+    with frozen(net), frozen(dense(net)) as quick:
+        # Attacks see the dense form of depthwise-separable layers: the same function, several times faster backward.
+        scene = Scene.of(quick, test, task.threat, ctx.device)
         struck = _strike_all(scene, splits.train, config, ctx)
-        proved = _certify(scene, config.certify, ctx)
+        proved = _certify(replace(scene, net=net), config.certify, ctx)
         points, findings = _doubt(scene, struck, proved, config, task.split_seed, ctx)
         header = evidence.Header(
             threat=task.threat.dump(),
