@@ -2,15 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from pipeline.core.canonical import derive_seed
 from pipeline.core.errors import BadInput, SpecError
@@ -23,7 +19,6 @@ from pipeline.engine.plan import plan
 from pipeline.engine.step import Plan, Step
 
 TASK = '[task]\ndata = "digits"\nthreat = { norm = "linf", eps = "0.1" }\n'
-ROOT = Path(__file__).resolve().parents[3]
 Planned = Callable[..., Plan]
 
 
@@ -88,12 +83,12 @@ metric = "cost.params"
     for line, part in (
         (3, 'task.data: no method "digitz" in data; did you mean "digits"?'),
         (4, "task.threat: eps: expected at most 1, since pixels lie in [0, 1], got 8; did you mean"),
-        (5, "task.holdout: Input should be less than 1; got 2"),
+        (5, "task.holdout: expected less than 1, got 2"),
         (8, 'stages.search.arch: no method "small_cn" in builders; did you mean "small_cnn"?'),
         (11, 'stages.train.epoch: unknown key; did you mean "epochs"?'),
-        (12, "stages.train.lr: Input should be a valid number"),
+        (12, "stages.train.lr: expected a number"),
         (15, 'stages.compress.kind: no method "prun" in compressors; did you mean "prune"?'),
-        (18, "stages.validate.samples: Input should be greater than or equal to 2; got 0"),
+        (18, "stages.validate.samples: expected at least 2, got 0"),
         (19, 'stages.validate.attacks.0.stps: unknown key; did you mean "steps"?'),
         (19, 'stages.validate.attacks.1: no method "squar" in attacks; did you mean "square"?'),
         (23, "stages.export.timeout_seconds: expected a number above 0, got -1"),
@@ -134,8 +129,8 @@ def test_the_top_level_is_checked_before_anything_is_imported(planned: Planned) 
         ("2", 'expected at most 1, since pixels lie in [0, 1], got 2; did you mean "2/255"?'),
         ('"8/0"', 'expected a number or a fraction such as "8/255", got "8/0"'),
         ('"abc"', 'expected a number or a fraction such as "8/255", got "abc"'),
-        ("-0.1", "Input should be greater than or equal to 0; got -0.1"),
-        ("nan", "a value that JSON cannot"),
+        ("-0.1", "expected at least 0, got -0.1"),
+        ("nan", "expected a finite number, got nan"),
     ],
 )
 def test_an_impossible_radius_is_the_only_finding(planned: Planned, eps: str, message: str) -> None:
@@ -250,8 +245,8 @@ def test_malformed_attempts_are_shown_both_forms(planned: Planned, value: str) -
     ("value", "message"),
     [
         ('{ bisect = "ratioo", from = 0.9, to = 0.1 }', 'attempts.ratioo: unknown key; did you mean "ratio"?'),
-        ('{ bisect = "ratio", from = 1.9, to = 0.1 }', "attempts.ratio: Input should be less than 1; got 1.9"),
-        ("[{ ratio = 0.5 }, { ratio = 1.4 }]", "attempts.ratio: Input should be less than 1; got 1.4"),
+        ('{ bisect = "ratio", from = 1.9, to = 0.1 }', "attempts.ratio: expected less than 1, got 1.9"),
+        ("[{ ratio = 0.5 }, { ratio = 1.4 }]", "attempts.ratio: expected less than 1, got 1.4"),
         ("[{ ratio = 0.5 }, { procs = 2 }]", "attempts.procs: unknown key"),
     ],
 )
@@ -362,57 +357,3 @@ def test_a_plan_has_everything_a_run_needs(planned: Planned) -> None:
     assert made.spec.target == "x86_cpu"
     assert {"torch", "numpy"} <= set(validate.libraries)
     assert Plan.load(json.loads(json.dumps(made.dump()))) == made
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from pipeline.core.spec import read
-from pipeline.engine.plan import plan
-spec, runs, data = map(Path, sys.argv[1:])
-made = plan(read(spec), "x86_cpu", runs, data)
-heavy = sorted({"torch", "numpy", "stages", "onnx", "onnxruntime"} & {name.partition(".")[0] for name in sys.modules})
-print(made.spec_digest, made.data_digest, *heavy)
-"""
-
-
-def replanned(spec: Path, runs: Path, data: Path) -> list[str]:
-    """Spec digest, data digest, and the heavy packages that a fresh process imported to plan."""
-    command = [sys.executable, "-c", SCRIPT, str(spec), str(runs), str(data)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.split()
-
-
-def test_an_unchanged_spec_is_planned_without_torch_and_changed_data_are_seen(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    rng = np.random.default_rng(0)
-    for part in ("train", "test"):
-        for name in ("cat", "dog"):
-            (data / "pets" / part / name).mkdir(parents=True)
-            for number in range(3):
-                pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
-                Image.fromarray(pixels).save(data / "pets" / part / name / f"{number}.png")
-    text = TASK.replace('data = "digits"', 'data = { kind = "folder", path = "pets" }')
-    draft, runs = drafted(tmp_path, text), tmp_path / "runs"
-    first = plan(draft, "x86_cpu", runs, data)
-    spec, digest, *heavy = replanned(tmp_path / "spec.toml", runs, data)
-    assert (spec, digest, heavy) == (first.spec_digest, first.data_digest, [])
-
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(data / "pets" / "train" / "dog" / "0.png")
-    changed = plan(draft, "x86_cpu", runs, data)
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(data / "pets" / "train" / "dog" / "new.png")
-    added = plan(draft, "x86_cpu", runs, data)
-    (data / "pets" / "train" / "dog" / "new.png").unlink()
-    removed = plan(draft, "x86_cpu", runs, data)
-    assert len({first.data_digest, changed.data_digest, added.data_digest}) == 3
-    assert removed == changed
-    assert {first.spec_digest, changed.spec_digest, added.spec_digest} == {first.spec_digest}
-
-
-def test_a_torn_memo_is_no_memo(planned: Planned, tmp_path: Path) -> None:
-    made = planned(TASK)
-    (memo,) = (tmp_path / "runs" / "store" / "plans").iterdir()
-    for text in ("", "{", "{}", '{"files": {}, "plan": {}}', "[]"):
-        memo.write_text(text)
-        assert planned(TASK) == made
-    assert json.loads(memo.read_text())["plan"] == made.dump()  # and was written anew
