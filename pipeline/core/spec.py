@@ -34,7 +34,7 @@ class Spec(Value):
     """
 
     name: str
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, strict=True)
     target: str = "reference"
     task: dict[str, Any]
     stages: dict[str, dict[str, Any]] = {}
@@ -60,12 +60,16 @@ class Draft:
     places: dict[At, str] = field(default_factory=dict)
 
     def where(self, at: At) -> str:
-        """`spec.toml:14: stages.train.epochs`: the place of the key, or of the nearest table around it."""
+        """`spec.toml:14: stages.train.epochs`: the place of the key, or of the nearest table around it.
+
+        The number of a `[[table]]` is left out, since its line tells which one is meant.
+        """
+        named = [part for end, part in enumerate(at, 1) if not (part.isdigit() and at[:end] in self.places)]
         for end in range(len(at), 0, -1):
             place = self.places.get(at[:end])
             if place:
-                return f"{place}: {'.'.join(at)}"
-        return ".".join(at)
+                return f"{place}: {'.'.join(named)}"
+        return ".".join(named)
 
 
 def presets() -> tuple[str, ...]:
@@ -172,12 +176,17 @@ def _lines(text: str) -> dict[At, int]:
     """The line of every table and key. Keys of inline tables share the line of the key they belong to."""
     found: dict[At, int] = {}
     table: At = ()
+    rows: dict[At, int] = {}
     depth = 0
     for number, line in enumerate(text.splitlines(), 1):
         if depth == 0:
             if header := _HEADER.match(line):
                 table = _parts(header[1])
                 found.setdefault(table, number)
+                if line.lstrip().startswith("[["):  # the tables of a list are told apart by their number
+                    rows[table] = rows.get(table, -1) + 1
+                    table = (*table, str(rows[table]))
+                    found[table] = number
                 continue
             if key := _KEY.match(line):
                 found.setdefault((*table, *_parts(key[1])), number)

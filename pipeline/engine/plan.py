@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from pipeline.core.canonical import derive_seed, digest
 from pipeline.core.errors import SpecError, nearest
 from pipeline.core.gate import Budget, Limit
-from pipeline.core.spec import SECTIONS, Draft, Spec
+from pipeline.core.spec import Draft, Spec
 from pipeline.core.stage import ORDER
 from pipeline.core.target import Target
-from pipeline.engine import fingerprint, pages, sections
+from pipeline.engine import fingerprint, pages, sections, shape
 from pipeline.engine.disk import write_atomic
 from pipeline.engine.step import Plan, Step
 
@@ -43,43 +43,23 @@ def plan(draft: Draft, target: str | None, runs: Path, data_root: Path) -> Plan:
     data = dict(draft.data)
     if target is not None:
         data["target"] = target
-    findings = _shape(draft, data)
-    if findings:
-        raise SpecError(findings)
-    page = pages.target(str(data.get("target", "reference")))
+    findings = [*shape.top_level(draft, data), *shape.unusable(draft, data)]
+    name = str(data.get("target", "reference"))
+    if name not in pages.target_names():
+        where = "--target" if target is not None else draft.where(("target",))
+        findings.append(f'{where}: no target "{name}"{nearest(name, pages.target_names())}')
+    data = shape.sound(data)
+    if findings and ("task" not in data or name not in pages.target_names() or any(shape.unusable(draft, data))):
+        raise SpecError(findings)  # the owners of the sections could not read it, or would find fault with the wrong
+    page = pages.target(name)
     memo = runs / "store" / "plans" / f"{_memo_key(data, page, data_root)}.json"
-    return _remembered(memo) or _fresh(Draft(data, draft.places), page, runs, data_root, memo)
-
-
-def _shape(draft: Draft, data: Mapping[str, Any]) -> list[str]:
-    """Findings about the top level: unknown sections and stages, and tables where tables belong."""
-    findings = [f"{draft.where((k,))}: unknown key{nearest(k, SECTIONS)}" for k in data if k not in SECTIONS]
-    if "task" not in data:
-        findings.append('task: missing; expected a section such as [task] with data = "mnist" and a threat')
-    for section in ("task", "stages", "budget", "regression"):
-        if not isinstance(data.get(section, {}), Mapping):
-            findings.append(f"{draft.where((section,))}: expected a table, got {data[section]!r}")
-            continue
-        if section == "task":
-            continue
-        for name, value in data.get(section, {}).items():
-            wanted = Mapping if section == "stages" else list
-            if name not in ORDER:
-                findings.append(f"{draft.where((section, name))}: unknown stage{nearest(name, ORDER)}")
-            elif not isinstance(value, wanted):
-                kind = "a table" if section == "stages" else f"tables, [[{section}.{name}]]"
-                findings.append(f"{draft.where((section, name))}: expected {kind}, got {value!r}")
-    return findings
+    known = None if findings else _remembered(memo)
+    return known or _fresh(Draft(data, draft.places), page, runs, data_root, memo, findings)
 
 
 def _memo_key(data: Mapping[str, Any], page: Target, data_root: Path) -> str:
-    try:
-        versions = fingerprint.versions((*_LIBRARIES, *page.needs))
-        return digest(["plan", data, page.dump(), *_code(), versions, str(data_root.resolve())])
-    except (TypeError, ValueError) as error:
-        raise SpecError(
-            [f"the spec holds a value that JSON cannot ({error}); dates, NaN and infinity are not used"]
-        ) from None
+    versions = fingerprint.versions((*_LIBRARIES, *page.needs))
+    return digest(["plan", data, page.dump(), *_code(), versions, str(data_root.resolve())])
 
 
 def _code() -> tuple[object, ...]:
@@ -101,9 +81,9 @@ def _remember(memo: Path, plan_: Plan, files: Sequence[Path]) -> None:
     write_atomic(memo, json.dumps({"files": marks, "plan": plan_.dump()}).encode())
 
 
-def _fresh(draft: Draft, page: Target, runs: Path, data_root: Path, memo: Path) -> Plan:
+def _fresh(draft: Draft, page: Target, runs: Path, data_root: Path, memo: Path, found: Sequence[str]) -> Plan:
     data = draft.data
-    findings: list[str] = []
+    findings = list(found)
     task_type = sections.task_type()
     task = sections.parsed(task_type, data["task"], ("task",), draft, findings)
     budgets = {kind: _budgets(data.get(kind, {}), kind, draft, findings) for kind in ("budget", "regression")}
@@ -150,7 +130,9 @@ def _fresh(draft: Draft, page: Target, runs: Path, data_root: Path, memo: Path) 
 def _budgets(tables: Mapping[str, Any], kind: str, draft: Draft, findings: list[str]) -> dict[str, Budget]:
     found = {}
     for name, rows in tables.items():
-        limits = [sections.parsed(Limit, row, (kind, name), draft, findings) for row in rows]
+        limits = [
+            sections.parsed(Limit, row, (kind, name, str(number)), draft, findings) for number, row in enumerate(rows)
+        ]
         found[name] = tuple(limit for limit in limits if limit is not None)
     return found
 
@@ -173,7 +155,7 @@ def _unmeasured(
     for section in planned:
         for kind, limits in (("budget", budget[section.name]), ("regression", regression.get(section.name, ()))):
             for limit in limits:
-                at = draft.where((kind, section.name))
+                at = draft.where((kind, section.name, *_row(draft, kind, section.name, limit.metric)))
                 if limit.on_device:
                     if limit.metric not in _ON_DEVICE:
                         findings.append(
@@ -186,6 +168,12 @@ def _unmeasured(
                     findings.append(f"{at}: max_loss on {limit.metric}: no earlier stage measures it to compare with")
         before |= section.measures
     return findings
+
+
+def _row(draft: Draft, kind: str, stage: str, metric: str) -> tuple[str, ...]:
+    """The number of the limit in the spec; nothing where it is the target's."""
+    rows = draft.data.get(kind, {}).get(stage, ())
+    return next(((str(i),) for i, row in enumerate(rows) if row.get("metric") == metric), ())
 
 
 def _spec(

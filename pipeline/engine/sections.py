@@ -1,6 +1,7 @@
 """One section of a spec, parsed by its owner, into the attempts a step will run."""
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pipeline.core.errors import BadInput, nearest
 from pipeline.core.gate import Budget
 from pipeline.core.spec import At, Draft
 from pipeline.engine import fingerprint, pages
+from pipeline.engine.shape import bent
 from pipeline.engine.step import Attempt, Bisect
 
 M = TypeVar("M", bound=BaseModel)
@@ -108,11 +110,15 @@ def plan_section(
 def parsed(owner: type[M], table: object, at: At, draft: Draft, findings: list[str]) -> M | None:
     """The table as a value of its owner; sentences about everything that does not fit are appended."""
     try:
-        return owner.model_validate(table)
+        made = owner.model_validate(table)
     except ValidationError as error:
         findings += sentences(error, owner, at, draft)
     except (ValueError, BadInput) as error:
         findings.append(f"{draft.where(at)}: {error}")
+    else:
+        rows = [(draft.where((*at, *loc)), wanted, got) for loc, wanted, got in bent(table, made)]
+        findings += [f"{place}: expected {wanted}, got {_shown(got)}" for place, wanted, got in rows]
+        return made
     return None
 
 
@@ -131,12 +137,42 @@ def sentences(error: ValidationError, owner: type[BaseModel], at: At, draft: Dra
         elif detail["type"] == "missing":
             found.append(f"{place}: missing")
         else:
-            message = detail["msg"].removeprefix("Value error, ")
+            message = _plain(detail["msg"])
             got = detail["input"]
-            known = isinstance(got, Mapping) or repr(got) in message or f'"{got}"' in message
-            shown = "" if known else f"; got {got!r:.80}"
-            found.append(f"{place}: {message}{shown}")
+            known = isinstance(got, Mapping) or ", got " in message or repr(got) in message or f'"{got}"' in message
+            found.append(f"{place}: {message}{'' if known else f', got {_shown(got)}'}")
     return list(dict.fromkeys(found))
+
+
+_WORDS = (
+    (r"Value error, ", ""),
+    (r"Field required", "missing"),
+    (r"Input should be a valid integer\b.*", "expected a whole number"),
+    (r"Input should be a valid number\b.*", "expected a number"),
+    (r"Input should be a valid string\b.*", "expected a text"),
+    (r"Input should be a valid boolean\b.*", "expected true or false"),
+    (r"Input should be a valid (tuple|list)\b.*", "expected a list"),
+    (r"Input should be a valid dictionary\b.*", "expected a table"),
+    (r"Input should be ", "expected "),
+    (r"greater than or equal to ", "at least "),
+    (r"less than or equal to ", "at most "),
+)
+
+
+def _plain(message: str) -> str:
+    """pydantic's message in the words of a spec."""
+    for pattern, words in _WORDS:
+        message = re.sub(rf"^{pattern}" if pattern[0].isupper() else pattern, words, message)
+    return message
+
+
+def _shown(value: object) -> str:
+    """A value as the spec writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f'"{value:.80}"'
+    return f"{value!r:.80}"
 
 
 def _within(inner: tuple[object, ...], outer: tuple[object, ...]) -> bool:

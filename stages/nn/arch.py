@@ -1,13 +1,14 @@
 """A network as data: a builder with options, then rewrites of single layers. Rebuilt from JSON, without pickle."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from typing import Any
 
 from torch import nn
 
-from stages.method import InputError, Value, module_of
+from stages.method import InputError, Value, module_of, unknown
 
 BUILDERS = "stages.nn.builders"
 LAYERS = "stages.nn.layers"
@@ -41,6 +42,7 @@ class Arch(Value):
 
         Raises `InputError` for an unknown builder or layer, options that do not fit, or a path that is not there.
         """
+        check_options(self.builder, self.options)
         make = _function(BUILDERS, self.builder, "build")
         try:
             net: nn.Module = make(self.input_shape, self.classes, self.mean, self.std, **self.options)
@@ -61,6 +63,17 @@ class Model:
 
     arch: Arch
     net: nn.Module
+
+
+def check_options(builder: str, options: Iterable[str]) -> None:
+    """Raises `InputError` for an unknown builder, and for an option that it does not have; values are not looked at."""
+    known = signature(_function(BUILDERS, builder, "build")).parameters.values()
+    if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in known):
+        return
+    own = [parameter.name for parameter in known if parameter.kind is Parameter.KEYWORD_ONLY]
+    for key in options:
+        if key not in own:
+            raise InputError(f'builder "{builder}": {key}: {unknown(key, own)}')
 
 
 def apply(net: nn.Module, rewrite: Rewrite) -> None:

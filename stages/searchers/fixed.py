@@ -6,8 +6,7 @@ from typing import Any
 from pydantic import field_validator
 from torch import Generator
 
-from stages.method import module_of
-from stages.nn.arch import BUILDERS, Arch
+from stages.nn.arch import Arch, check_options
 from stages.searchers.base import Bench, Searcher
 
 
@@ -24,7 +23,7 @@ class Fixed(Searcher):
     def _builder(cls, arch: Mapping[str, Any]) -> Mapping[str, Any]:
         if not isinstance(arch.get("builder"), str):
             raise ValueError(f'expected a table with "builder", such as {{ builder = "small_cnn" }}, got {arch!r}')
-        module_of(BUILDERS, arch["builder"])
+        check_options(arch["builder"], [key for key in arch if key != "builder"])
         return arch
 
     def search(self, bench: Bench, rng: Generator) -> Arch:
