@@ -7,6 +7,7 @@ with a `status` is a message for the user; everything else is a fault of ours, k
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -29,6 +30,38 @@ COMMANDS = {
 
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit status."""
+    _streams()
+    try:
+        status = _dispatch(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output left (`| head`); point stdout elsewhere so that the interpreter's flush is silent.
+        deaf()
+        return 0
+    except OSError as error:
+        deaf()
+        what = f"{error.filename or 'the output'}: {error.strerror or error}"
+        print(f"temper: cannot write {what}; make room, then run the same command again", file=sys.stderr)
+        return 2
+    return status
+
+
+def deaf() -> None:
+    """From here on nobody reads standard output, and nobody minds."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _streams() -> None:
+    """Streams that were closed swallow what is said; a letter that the terminal cannot show becomes a mark."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115  no import; open to the end
+        elif getattr(stream, "errors", None) == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_help())
         return 0 if argv else 2
@@ -50,10 +83,10 @@ def main(argv: list[str]) -> int:
         print("temper: interrupted; the same command carries on where this one stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output left (`| head`); point stdout elsewhere so that the interpreter's flush is silent.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
         status = getattr(error, "status", None)
         if not isinstance(status, int):
             print(f"temper: {_fault(error)}", file=sys.stderr)

@@ -3,7 +3,6 @@
 import argparse
 import os
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 from pipeline.cli._probes import TORCH, ask
 from pipeline.cli.options import draft_of, line_options, roots
 from pipeline.cli.summary import summary
-from pipeline.cli.ui import screen
+from pipeline.cli.ui import say, screen, width
 from pipeline.core.errors import PASSED, BadInput
 from pipeline.core.record import RunRecord
 from pipeline.engine.build import Built, build
@@ -21,7 +20,6 @@ from pipeline.engine.plan import plan
 from pipeline.engine.step import Plan
 from pipeline.engine.store import Store
 
-_WIDEST = 120
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -39,7 +37,7 @@ def run_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     built = execute(args)
-    print(summary(built, min(shutil.get_terminal_size((100, 24)).columns, _WIDEST)))
+    say(summary(built, width()))
     if built.refused is None:
         return PASSED
     print(f"temper: {built.refused}", file=sys.stderr)

@@ -1,7 +1,6 @@
 """`ci`: build, hold the record against a baseline, and fail on a regression."""
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from pipeline.cli.build import arguments as build_arguments
 from pipeline.cli.build import execute
 from pipeline.cli.report import figure_files, rendered, write
 from pipeline.cli.summary import summary
+from pipeline.cli.ui import say, width
 from pipeline.core.errors import PASSED, BadInput, GateRefused, Regressed
 from pipeline.core.record import RunRecord
 from pipeline.engine.build import Built
@@ -41,10 +41,10 @@ def run(args: argparse.Namespace) -> int:
     built = execute(args, comparable)
     comparison = None if built.refused else compare(baseline, built.record)
     _write(args, built, comparison)
-    print(summary(built, min(shutil.get_terminal_size((100, 24)).columns, 120)))
+    say(summary(built, width()))
     if comparison is None:
         return _ended(built.refused)
-    print(_lines(comparison, baseline, args.baseline))
+    say(_lines(comparison, baseline, args.baseline))
     if not comparison.verdict.passed:
         names = ", ".join(dict.fromkeys(change.metric for change in comparison.regressions))
         return _ended(Regressed(f"regression against {args.baseline}: {names}"))

@@ -82,7 +82,8 @@ def _stage(stage: StageRecord, budget: Iterable[Limit], width: int) -> list[str]
     spent = "reused" if stage.reused else duration(stage.seconds)
     limited = {limit.metric for limit in budget}
     ranked = sorted(stage.measurements, key=lambda m: (m.name not in limited, m.name in _SIZE_AND_SPEED))
-    tried = [f"{key} = {value}:" for key, value in stage.overrides.items()]
+    tried = [f"{key} = {value}," for key, value in stage.overrides.items()]
+    tried[-1:] = [text.removesuffix(",") + ":" for text in tried[-1:]]
     mark = "ok" if stage.verdict.passed else ("REFUSED" if stage.chosen else "refused")
     head = f"  {stage.name:<10}{spent:>12}  {mark:<8}"
     lines = _wrapped(head, [*tried, *_listed(ranked[:_NUMBERS])], width)

@@ -4,6 +4,8 @@ Fed by journal events. Everything goes to stderr, so that stdout holds the summa
 terminal only.
 """
 
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +17,19 @@ from pipeline.engine.journal import Listener
 _SECONDS_BETWEEN_LINES = 5.0
 
 Event = Mapping[str, Any]
+
+
+def width() -> int:
+    """Columns for a summary: those of the terminal, within what reads well."""
+    return max(60, min(shutil.get_terminal_size((100, 24)).columns, 120))
+
+
+def say(text: str) -> None:
+    """To standard output. That its reader left (`| head`) does not change what the command came to."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
