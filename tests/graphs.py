@@ -120,4 +120,6 @@ def make_bundle(
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    (folder / "manifest.json").write_text(json.dumps(manifest, sort_keys=True), encoding="utf-8")
+    data = json.dumps(manifest, sort_keys=True).encode()
+    (folder / "manifest.json").write_bytes(data)
+    (folder / "manifest.sha256").write_bytes(seal(data))

@@ -17,7 +17,7 @@ Render = Callable[[RunRecord, Mapping[str, Path]], str]
 
 PREFIX = "bundle/"
 CONTRACT = "contract.json"
-MANIFEST = "manifest.json"
+MANIFEST, SEAL = "manifest.json", "manifest.sha256"
 _SCHEMA = 1
 
 
@@ -38,7 +38,7 @@ def assemble(folder: Path, record: RunRecord, plan: Plan, store: Store, report: 
     try:
         with writing(folder):
             _fill(part, shipped, record, plan, store, report)
-            if _intact(folder / "bundle", (part / MANIFEST).read_bytes()):
+            if _intact(folder / "bundle", part):
                 remove(part)  # the very bundle that lies there, with what `finish` may have added on this device
             else:
                 _swap(part, folder / "bundle")
@@ -95,6 +95,7 @@ def _fill(part: Path, shipped: Mapping[str, str], record: RunRecord, plan: Plan,
     write_atomic(part / "report.html", report.encode())
     write_atomic(part / "record.json", readable(record.dump()))
     write_atomic(part / MANIFEST, readable(_manifest(contract, record, plan, part)))
+    write_atomic(part / SEAL, f"{file_digest(part / MANIFEST)}  {MANIFEST}\n".encode())
     for inner in (part, *(path for path in part.rglob("*") if path.is_dir())):
         sync(inner)
 
@@ -132,12 +133,12 @@ def _ship(store: Store, found: str, target: Path) -> None:
         raise Damaged(target.name)  # it has been healed meanwhile; copy again
 
 
-def _intact(bundle: Path, manifest: bytes) -> bool:
-    """Whether the bundle there has this manifest and its files the digests in it."""
+def _intact(bundle: Path, part: Path) -> bool:
+    """Whether the bundle there has the manifest of the new one, and its files the digests in it."""
     try:
-        if (bundle / MANIFEST).read_bytes() != manifest:
+        if any((bundle / name).read_bytes() != (part / name).read_bytes() for name in (MANIFEST, SEAL)):
             return False
-        files = json.loads(manifest)["files"].items()
+        files = json.loads((part / MANIFEST).read_bytes())["files"].items()
         return all(file_digest(bundle / name) == entry["sha256"] for name, entry in files)
     except OSError:
         return False

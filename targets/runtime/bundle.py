@@ -17,8 +17,9 @@
     measurements    [{name, value, low, high, unit, samples, better}]
     owed            [{metric, at_least, at_most}], limits that `finish` settles on the device
     lineage         where it came from, as text
-    files           {relative path: {sha256, bytes}}, every file of the folder but the manifest itself
+    files           {relative path: {sha256, bytes}}, every file of the folder but the manifest and its digest
 
+`manifest.sha256` holds the manifest's digest, so that a byte that changed on the way is found there, too.
 Two more files may appear beside them, made on the device by `finish`: `device.json` (which names the manifest's digest)
 and `device.engine` (whose digest `device.json` holds). They say what this device measured. Who can write the folder can
 forge both; the manifest's own digest, printed by `verify`, is what to compare with the one noted at build time.
@@ -37,11 +38,11 @@ import numpy as np
 import numpy.typing as npt
 
 from targets.runtime.errors import BundleError, TamperedError
-from targets.runtime.form import BATCHES, MANIFEST, SCHEMA, TOLERANCE, check_form
+from targets.runtime.form import BATCHES, MANIFEST, SCHEMA, SEAL, TOLERANCE, check_form, seal
 
 DEVICE, ENGINE, PROBE = "device.json", "device.engine", "probe.npz"
 # What `finish` may leave beside the listed files; a `.tmp` is what it left when it was killed, and is never opened.
-MADE_HERE = (MANIFEST, DEVICE, ENGINE, f"{DEVICE}.tmp", f"{ENGINE}.tmp")
+MADE_HERE = (DEVICE, ENGINE, f"{DEVICE}.tmp", f"{ENGINE}.tmp")
 _CHUNK = 1 << 20
 
 Array = npt.NDArray[np.float32]
@@ -161,7 +162,8 @@ class Bundle:
 def open_manifest(path: Path) -> Bundle:
     """Read and check `manifest.json`; `path` is a bundle or a run folder that holds one in `bundle/`.
 
-    Raises `BundleError` where there is none or its form is wrong. No other file is touched.
+    Raises `BundleError` where there is none, its form is wrong, or its digest is not the one beside it. No other file
+    is touched.
     """
     folder = path / "bundle" if (path / "bundle" / MANIFEST).is_file() else path
     if not (folder / MANIFEST).is_file():
@@ -170,6 +172,10 @@ def open_manifest(path: Path) -> Bundle:
     data = _plain(folder, MANIFEST).read_bytes()
     manifest = _json(data, where)
     check_form(manifest, where)
+    if not (folder / SEAL).is_file():
+        raise TamperedError(f"{folder / SEAL}: missing, though a build writes it; fetch the bundle again")
+    if _plain(folder, SEAL).read_bytes() != seal(data):
+        raise TamperedError(f"{where}: not the bytes that {SEAL} names; fetch the bundle again")
     return Bundle(folder, hashlib.sha256(data).hexdigest(), manifest)
 
 
@@ -185,7 +191,7 @@ def verify_files(bundle: Bundle) -> int:
             relative = path.relative_to(bundle.folder).as_posix()
             if path.is_symlink():
                 raise TamperedError(f"{path}: a link; a bundle holds plain files only")
-            if name in names and relative not in listed and relative not in MADE_HERE:
+            if name in names and relative not in listed and relative not in (MANIFEST, SEAL, *MADE_HERE):
                 raise TamperedError(f"{path}: not in the manifest; remove it, or fetch the bundle again")
     if (bundle.folder / ENGINE).exists() and bundle.engine() is None:
         raise TamperedError(f"{bundle.folder / ENGINE}: no {DEVICE} of this bundle names it; remove it, run `finish`")

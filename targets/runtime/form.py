@@ -1,5 +1,6 @@
 """The form of `manifest.json`: every field there, of its type, within its range. `bundle.py` documents the fields."""
 
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -9,11 +10,18 @@ from targets.runtime.errors import BundleError, TamperedError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+# The manifest's own digest, as `sha256sum --check` reads it: no file can hold its own.
+SEAL = "manifest.sha256"
 # Smallest, favoured and largest batch of an engine's one optimisation profile.
 BATCHES = (1, 1, 64)
 # Largest |logit - expected| on the probe inputs, as a share of the largest expected |logit|. Float32 kernels differ in
 # the order of their sums. A rounding that falls the other way in int8 moves one step of 1/255 in one activation.
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "int8": 5e-2}
+
+
+def seal(manifest: bytes) -> bytes:
+    """What `manifest.sha256` holds beside these bytes."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
 
 
 def check_form(manifest: Mapping[str, Any], where: Path) -> None:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from targets.runtime._options import at_least_one
+from targets.runtime._options import at_least_one, port
 from targets.runtime.body import decode
 from targets.runtime.errors import BadImages, BadOption, MissingRuntime
 from targets.runtime.predictor import Predictor, decide, open_bundle
@@ -29,7 +29,7 @@ MAX_REQUESTS = 32
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="a bundle, or the folder of the run that made it")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="port (default 8000; 0 takes a free one)")
+    parser.add_argument("--port", type=port, default=8000, help="port (default 8000; 0 takes a free one)")
     parser.add_argument("--threads", type=at_least_one, default=1, help="threads inside one operator (default 1)")
     parser.add_argument(
         "--runtime", choices=("auto", "cpu", "onnxruntime", "tensorrt"), default="auto", help="what computes the logits"
@@ -62,14 +62,13 @@ def run(args: argparse.Namespace) -> int:
     return 0 if server.started else 2
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, number: int) -> socket.socket:
     """Bound here, since the server would answer a port that is taken with a log of its own and exit status 1."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise BadOption(f"cannot listen on {host} port {port}: {why}; choose another with --host, --port") from error
+        return socket.create_server((host, number), family=family, backlog=2048)
+    except OSError as error:
+        raise BadOption(f"cannot listen on {host} port {number}: {error.strerror}; choose another with --host, --port") from error
 
 
 def make_app(predictor: Predictor, max_bytes: int = MAX_BYTES) -> "FastAPI":

@@ -95,7 +95,7 @@ def test_a_model_with_other_classes_than_the_manifest_is_noticed(tmp_path: Path)
 def test_a_model_that_does_not_load_is_a_bundle_error(tmp_path: Path) -> None:
     folder = make_bundle(tmp_path / "bundle", extra={"broken.onnx": b"not a model"})
     text = (folder / "manifest.json").read_text().replace('"model": "model.onnx"', '"model": "broken.onnx"')
-    (folder / "manifest.json").write_text(text)
+    write_manifest(folder, json.loads(text))
     with pytest.raises(BundleError, match="onnxruntime cannot load the model"):
         open_bundle(folder)
 
