@@ -12,6 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from targets.lowering.parity import logits_of
+from targets.runtime.form import seal
 
 Array = npt.NDArray[np.float32]
 SHAPE = (1, 8, 8)

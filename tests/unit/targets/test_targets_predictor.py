@@ -1,5 +1,6 @@
 """Images in, logits, labels and margins out; anything but images is refused in words."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from targets.lowering.parity import logits_of
 from targets.runtime.errors import BadImages, BundleError, MissingRuntime
 from targets.runtime.predictor import Predictor, decide, open_bundle
-from tests.graphs import images, make_bundle, tiny
+from tests.graphs import images, make_bundle, tiny, write_manifest
 
 
 @pytest.fixture(scope="module")
