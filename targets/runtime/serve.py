@@ -68,9 +68,8 @@ def _listen(host: str, number: int) -> socket.socket:
     try:
         return socket.create_server((host, number), family=family, backlog=2048)
     except OSError as error:
-        raise BadOption(
-            f"cannot listen on {host} port {number}: {error.strerror}; choose another with --host, --port"
-        ) from error
+        why = (error.strerror or str(error)).partition(" (")[0]
+        raise BadOption(f"cannot listen on {host} port {number}: {why}; choose others: --host, --port") from error
 
 
 def make_app(predictor: Predictor, max_bytes: int = MAX_BYTES) -> "FastAPI":

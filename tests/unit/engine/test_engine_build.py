@@ -64,6 +64,8 @@ def test_the_manifest_names_every_file_by_digest_and_says_where_it_came_from(tmp
     done = built(plan(step("export", budget=(owed,))), tmp_path)
     assert done.bundle is not None
     files = snapshot(done.bundle)
+    seal = f"{hashlib.sha256(files['manifest.json']).hexdigest()}  manifest.json\n"
+    assert files.pop("manifest.sha256").decode() == seal
     manifest = json.loads(files.pop("manifest.json"))
     assert set(files) == {"model.onnx", "extra/probe.npz", "report.html", "record.json"}
     assert manifest["files"] == {
@@ -87,7 +89,7 @@ def test_a_rebuild_with_nothing_changed_leaves_every_byte_of_the_bundle_and_what
     assert snapshot(first.bundle) == before
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "record.json", "extra/probe.npz"])
+@pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "manifest.sha256", "record.json", "extra/probe.npz"])
 def test_a_rebuild_mends_a_bundle_in_which_a_byte_was_flipped(tmp_path: Path, name: str) -> None:
     bundle = built(plan(), tmp_path).bundle
     assert bundle is not None
