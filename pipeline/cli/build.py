@@ -16,6 +16,7 @@ from pipeline.cli.ui import say, screen, width
 from pipeline.core.errors import PASSED, BadInput
 from pipeline.core.record import RunRecord
 from pipeline.engine.build import Built, build
+from pipeline.engine.journal import Listener
 from pipeline.engine.plan import plan
 from pipeline.engine.step import Plan
 from pipeline.engine.store import Store
@@ -53,13 +54,13 @@ def execute(args: argparse.Namespace, approve: Callable[[Plan], None] = lambda _
         os.environ.update(dict.fromkeys(_THREADS, str(args.threads)))
     _present(args.device)
     runs, data_root = roots(args)
-    with _interruptible():
+    with _interruptible() as heed:
         Store(runs / "store")  # one that we cannot use is refused before planning writes into it
         made = plan(draft_of(args), args.target, runs, data_root)
         approve(made)
         with screen(args.quiet) as listener:
             reports = {"report.html": _html, "report.md": _markdown}
-            return build(made, runs, data_root, reports, args.device, (listener,))
+            return build(made, runs, data_root, reports, args.device, (listener, heed))
 
 
 def _html(record: RunRecord, files: Mapping[str, Path]) -> str:
@@ -77,13 +78,35 @@ def _markdown(record: RunRecord, files: Mapping[str, Path]) -> str:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Be told to stop (SIGTERM: a time limit, a shutdown) as by Ctrl-C: in order, and without a traceback."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _interruptible() -> Iterator[Listener]:
+    """Stop in order and without a traceback when told to: by Ctrl-C, or by SIGTERM (a time limit, a shutdown).
+
+    Libraries swallow what surfaces while they import something, and what was half imported fails later in its own way.
+    So the word is kept: the listener given out says it again at the next event, and no other failure counts.
+    """
+    told = False
+
+    def stop(*_: object) -> None:
+        nonlocal told
+        told = True
+        raise KeyboardInterrupt
+
+    def heed(event: Mapping[str, object]) -> None:
+        del event
+        if told:
+            raise KeyboardInterrupt
+
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
-        yield
+        yield heed
+    except Exception:
+        if told:
+            raise KeyboardInterrupt from None
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _present(device: str) -> None:

@@ -4,10 +4,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from pipeline.cli.build import _interruptible
 from pipeline.cli.summary import summary
 from pipeline.core.measurement import fraction
 from pipeline.core.stage import ORDER
@@ -90,6 +92,23 @@ def test_being_told_to_stop_is_one_line_and_the_next_run_carries_on(tmp_path: Pa
     again = temper(slow, tmp_path)
     assert again.returncode == 0
     assert "compress: resumed at" in again.stderr or "compress: done" in again.stderr
+
+
+def swallowed(number: int, fault: Exception | None) -> None:
+    with _interruptible() as heed:
+        heed({"kind": "stage"})  # nothing was said yet
+        with suppress(BaseException):
+            signal.raise_signal(number)
+        if fault is not None:
+            raise fault
+        heed({"kind": "stage"})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("fault", [None, RecursionError("in what was half imported")])
+def test_being_told_to_stop_is_heeded_also_where_a_library_swallowed_it(number: int, fault: Exception | None) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        swallowed(number, fault)
 
 
 @pytest.mark.parametrize("words", [("--threads", "0"), ("--threads", "x"), ("--device", "tpu"), ("--unknown",)])
