@@ -53,7 +53,7 @@ def test_a_build_passes_and_its_bundle_holds_what_the_record_says(runs: Path) ->
     assert listed["precision"] == "int8"
     assert listed["owed"] == []  # this machine is the device
     on_disk = {path.relative_to(folder / "bundle").as_posix() for path in (folder / "bundle").rglob("*")}
-    assert on_disk == {*listed["files"], "manifest.json"}
+    assert on_disk == {*listed["files"], "manifest.json", "manifest.sha256"}
     assert (folder / "bundle" / listed["model"]).stat().st_size == made.latest()["size.model"].value
     for name in ("report.html", "report.md", "plan.json", "journal.jsonl"):
         assert (folder / name).stat().st_size > 0

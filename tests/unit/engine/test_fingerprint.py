@@ -117,6 +117,7 @@ def test_budget_name_target_and_runs_are_in_no_key(tmp_path: Path, monkeypatch: 
     assert keys(budget) == keys(plain)
     page = pages.target("x86_cpu").model_copy(update={"name": "twin", "budget": {}})
     monkeypatch.setattr(pages, "target", lambda _: page)
+    monkeypatch.setattr(pages, "target_names", lambda: ("twin",))
     twin = planned(tmp_path / "three", target="twin")
     assert twin.spec.target == "twin"
     assert keys(twin) == keys(plain)
