@@ -173,7 +173,7 @@ def test_no_rank_outlives_a_launcher_that_was_killed(tmp_path: Path) -> None:
         assert launcher.stdout is not None
         assert launcher.stdout.readline() == b"progress\n"
         launcher.kill()
-    deadline = 200
+    deadline = 1200
     while ranks(tmp_path) and deadline:
         deadline -= 1
         threading.Event().wait(0.05)
