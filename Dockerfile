@@ -36,7 +36,7 @@ RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin temper
 COPY --from=wheels /opt/temper /opt/temper
 WORKDIR /app
 COPY pipeline/__init__.py pipeline/__main__.py pipeline/
-COPY pipeline/cli/__init__.py pipeline/cli/
+COPY pipeline/cli/__init__.py pipeline/cli/_parser.py pipeline/cli/
 COPY targets/__init__.py targets/
 COPY targets/runtime targets/runtime
 USER temper
