@@ -11,11 +11,9 @@ from torch import Generator, Tensor, nn
 
 from stages.data.base import to_float
 from stages.method import InputError
+from stages.oracle import Logits, Oracle, narrow
 from stages.seeding import generator
 from stages.threat import Threat
-
-Logits = Callable[[Tensor], Tensor]
-"""[B, C, H, W] in [0, 1] -> [B, K]."""
 
 Strike = Callable[[Logits, Tensor, Tensor, Threat, Generator], Tensor]
 """The call of an attack: (logits, x, y, threat, rng) -> x_adv [B, C, H, W]."""
@@ -84,18 +82,19 @@ def under_attack(
     Images that are wrong already never enter the attack. x_adv differs from x only where the attack turned a right
     answer into a wrong one, as seen by a forward pass made here. Batch i draws from `generator(seed, "batch", i)`, so
     the same seed and batch size give the same answer, and an interrupted run can start again at any batch.
-    `on_step(done, total)` counts images.
+    `on_step(done, total)` counts images. An `Oracle` over the N images is charged for what `strike` asks.
     """
+    judge = logits.logits if isinstance(logits, Oracle) else logits
     survived, found = [], []
     for number, at in enumerate(range(0, len(x), batch)):
         origin, labels = _floats(x[at : at + batch]), y[at : at + batch]
-        alive = correct(logits, origin, labels, batch)
+        alive = correct(judge, origin, labels, batch)
         adversarial = origin.clone()
         rows = alive.nonzero().flatten()
         if len(rows):
             rng = generator(seed, "batch", number, device=origin.device)
-            candidate = strike(logits, origin[rows], labels[rows], threat, rng)
-            broken = ~correct(logits, candidate, labels[rows], batch)
+            candidate = strike(narrow(logits, at + rows), origin[rows], labels[rows], threat, rng)
+            broken = ~correct(judge, candidate, labels[rows], batch)
             adversarial[rows[broken]] = candidate[broken]
             alive[rows[broken]] = False
         survived.append(alive)

@@ -13,9 +13,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from stages.evaluate import Logits, outputs
+from stages.evaluate import outputs
 from stages.method import InputError, Value
 from stages.nn import _atomic
+from stages.oracle import Logits
 from stages.threat import Threat
 
 CLEAN = "clean"

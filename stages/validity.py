@@ -20,7 +20,8 @@ from stages.attacks.fgsm import FGSM
 from stages.attacks.pgd import PGD
 from stages.attacks.square import Square
 from stages.attacks.worst_of import WorstOf
-from stages.evaluate import Logits, OnStep, outputs, under_attack
+from stages.evaluate import OnStep, outputs, under_attack
+from stages.oracle import Logits
 from stages.seeding import derive
 from stages.threat import Threat
 

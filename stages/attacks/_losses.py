@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.attacks.base import Logits
+from stages.oracle import Logits
 
 Loss = Literal["ce", "margin", "dlr"]
 

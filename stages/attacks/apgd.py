@@ -8,7 +8,8 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from stages.attacks._losses import gradient
-from stages.attacks.base import Attack, Logits, Norm
+from stages.attacks.base import Attack, Norm
+from stages.oracle import Logits, narrow
 from stages.threat import Threat
 
 _MOMENTUM = 0.75
@@ -48,7 +49,7 @@ class APGD(Attack):
         alive = torch.arange(len(x), device=x.device)
         for _ in range(self.restarts):
             start = _surface(x, threat, rng)[alive]
-            point, right = self._climb(logits, x[alive], y[alive], threat, start)
+            point, right = self._climb(narrow(logits, alive), x[alive], y[alive], threat, start)
             result[alive] = point
             alive = alive[right]
             if len(alive) == 0:
@@ -66,7 +67,7 @@ class APGD(Attack):
             if len(path.rows) == 0:
                 break
             _advance(path, x, threat, first=step == 0)
-            z, loss, slope = gradient(logits, path.point, y[path.rows], self.loss)
+            z, loss, slope = gradient(narrow(logits, path.rows), path.point, y[path.rows], self.loss)
             path.record(loss, slope)
             path = _settle(path, z.argmax(1) == y[path.rows], result, right)
             since += 1

@@ -1,7 +1,7 @@
 """The contract of an attack: a sealed call around one abstract verb."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, final
 
 import torch
@@ -9,12 +9,10 @@ from pydantic import BeforeValidator
 from torch import Generator, Tensor
 
 from stages.method import InputError, Method, polymorphic
+from stages.oracle import Logits, Oracle, narrow
 from stages.threat import Threat
 
 FOLDER = "stages.attacks"
-
-Logits = Callable[[Tensor], Tensor]
-"""[B, C, H, W] in [0, 1] -> [B, K]: a network, a network behind a detector, or an exported engine."""
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -46,20 +44,22 @@ class Attack(Method):
         """Adversarial examples [B, C, H, W] within the threat; an example that was not broken comes back as x itself.
 
         Examples that are wrong already come back as they are. Raises `InputError` where x leaves the data range or is
-        not finite, or where y does not fit.
+        not finite, or where y does not fit. An `Oracle` over the B examples is charged for what the attack itself asks;
+        the passes before and after it, which judge the result, are not counted.
         """
         _check(x, y, threat)
         self.accept(threat)
         with torch.no_grad():
-            right = logits(x).argmax(1) == y
+            judge = logits.logits if isinstance(logits, Oracle) else logits
+            right = judge(x).argmax(1) == y
         result = x.clone()
         rows = right.nonzero().flatten()
         if len(rows) == 0 or threat.eps == 0:
             return result
-        x_adv = self.perturb(logits, x[rows], y[rows], threat, rng).detach()
+        x_adv = self.perturb(narrow(logits, rows), x[rows], y[rows], threat, rng).detach()
         x_adv = threat.project(x_adv, x[rows])
         with torch.no_grad():
-            broken = logits(x_adv).argmax(1) != y[rows]
+            broken = judge(x_adv).argmax(1) != y[rows]
         result[rows[broken]] = x_adv[broken]
         return result
 
@@ -74,7 +74,10 @@ class Attack(Method):
 
     @abstractmethod
     def perturb(self, logits: Logits, x: Tensor, y: Tensor, threat: Threat, rng: Generator) -> Tensor:
-        """The attack itself, on examples that are still classified rightly; [B, C, H, W] back, any device as x."""
+        """The attack itself, on examples that are still classified rightly; [B, C, H, W] back, any device as x.
+
+        An attack that drops examples asks `narrow(logits, alive)` for the rest; an oracle then charges the right ones.
+        """
 
 
 AnyAttack = Annotated[Attack, *polymorphic(FOLDER, Attack)]

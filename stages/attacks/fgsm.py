@@ -3,7 +3,8 @@
 from torch import Generator, Tensor
 
 from stages.attacks._losses import Loss, gradient
-from stages.attacks.base import Attack, Logits
+from stages.attacks.base import Attack
+from stages.oracle import Logits
 from stages.threat import Threat
 
 

@@ -7,7 +7,8 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from stages.attacks._losses import gradient
-from stages.attacks.base import Attack, Logits
+from stages.attacks.base import Attack
+from stages.oracle import Logits, narrow
 from stages.threat import Threat
 
 
@@ -56,7 +57,7 @@ class PGD(Attack):
     ) -> Tensor:
         """One restart for the examples `alive` [M], from `point` [M, ...]; writes `result`, returns who is left."""
         for _ in range(self.steps):
-            z, _, slope = gradient(logits, point, y[alive], self.loss)
+            z, _, slope = gradient(narrow(logits, alive), point, y[alive], self.loss)
             right = z.argmax(1) == y[alive]
             result[alive[~right]] = point[~right]
             alive, point, slope = alive[right], point[right], slope[right]
@@ -64,6 +65,6 @@ class PGD(Attack):
                 return alive
             point = threat.project(threat.ascend(point, slope, length), x[alive])
         with torch.no_grad():
-            right = logits(point).argmax(1) == y[alive]
+            right = narrow(logits, alive)(point).argmax(1) == y[alive]
         result[alive] = point
         return alive[right]

@@ -7,8 +7,9 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from stages.attacks._losses import margin
-from stages.attacks.base import Attack, Logits, Norm
+from stages.attacks.base import Attack, Norm
 from stages.method import InputError
+from stages.oracle import Logits, narrow
 from stages.threat import Threat
 
 _TINY = 1e-12
@@ -58,7 +59,7 @@ class Square(Attack):
                 break
             side = _side(self.share, query, self.queries, *x.shape[-2:])
             candidate = propose(best, x, threat, side, alive, rng)
-            value = _ask(logits, candidate, y[alive])
+            value = _ask(narrow(logits, alive), candidate, y[alive])
             better = value > score[alive]
             best[alive[better]], score[alive[better]] = candidate[better], value[better]
         return best

@@ -4,7 +4,8 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from stages.attacks.base import ALL_NORMS, AnyAttack, Attack, Batches, Logits, Norm
+from stages.attacks.base import ALL_NORMS, AnyAttack, Attack, Batches, Norm
+from stages.oracle import Logits, narrow
 from stages.seeding import generator
 from stages.threat import Threat
 
@@ -35,7 +36,7 @@ class WorstOf(Attack):
         result = x.clone()
         alive = torch.arange(len(x), device=x.device)
         for attack, seed in zip(self.attacks, seeds, strict=True):
-            found = attack(logits, x[alive], y[alive], threat, generator(seed, device=x.device))
+            found = attack(narrow(logits, alive), x[alive], y[alive], threat, generator(seed, device=x.device))
             # The call gives back x itself where it found nothing.
             broken = (found != x[alive]).flatten(1).any(1)
             result[alive[broken]] = found[broken]

@@ -12,6 +12,7 @@ import stages.attacks
 from stages.attacks.base import FOLDER, Attack
 from stages.evaluate import under_attack
 from stages.method import InputError, load, names
+from stages.oracle import Oracle
 from stages.seeding import generator
 from stages.threat import Threat
 from tests.linear_nets import EPS, NORMS, Norm, with_leads
@@ -24,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "worst_of": {"attacks": ["fgsm", {"kind": "pgd", "steps": 5}]},
 }
 KINDS = names(FOLDER)
+COMPOSED = {"worst_of", "auto"}
 # One step along the gradient at x is not meant to find what brute force finds.
 ONE_STEP = {"fgsm"}
 # Share of the optimum that is reached on a linear net with rough weights; windows of three pixels and more are coarse.
@@ -147,6 +149,31 @@ def test_the_network_is_left_as_it_was(kind: str, norm: Norm, training: bool) ->
     assert [module.training for module in net.modules()] == modes
     assert [parameter.requires_grad for parameter in net.parameters()] == flags
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize(("kind", "norm"), CASES)
+def test_an_oracle_charges_every_pass_to_the_examples_that_were_in_it(kind: str, norm: Norm) -> None:
+    net, threat = small_net(), Threat(norm=norm, eps=2 * EPS[norm])
+    x, y = images(net)
+    passes = {"queries": 0, "gradients": 0}
+
+    def counted(batch: Tensor) -> Tensor:
+        passes["queries"] += len(batch)
+        passes["gradients"] += len(batch) * int(torch.is_grad_enabled() and batch.requires_grad)
+        out: Tensor = net(batch)
+        return out
+
+    oracle = Oracle.of(counted, len(x))
+    one = attack(kind)
+    plain, charged = (one.perturb(how, x, y, threat, generator(0)) for how in (net, oracle))
+    assert torch.equal(plain, charged)
+    spent = int(oracle.spent.queries.sum())
+    # Between its members a composition judges what they found, which no example pays for.
+    assert 0 < spent <= passes["queries"] if kind in COMPOSED else spent == passes["queries"] > 0
+    # Several gradients may be drawn from one pass, and are charged beyond it.
+    assert int(oracle.spent.gradients.sum()) >= passes["gradients"]
+    assert bool(oracle.spent.gradients.any()) == one.needs_gradients
+    assert int(oracle.spent.queries.min()) >= 1
 
 
 @pytest.mark.parametrize(("kind", "norm"), CASES)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from stages.evaluate import Logits, confusion, correct, frozen, outputs, under_attack
+from stages.evaluate import confusion, correct, frozen, outputs, under_attack
 from stages.method import InputError
+from stages.oracle import Logits
 from stages.threat import Threat
 
 THREAT = Threat(norm="linf", eps=0.5)

@@ -12,7 +12,8 @@ from stages import validity
 from stages.attacks.apgd import APGD
 from stages.attacks.pgd import PGD
 from stages.attacks.square import Square
-from stages.evaluate import Logits, correct, frozen, under_attack
+from stages.evaluate import correct, frozen, under_attack
+from stages.oracle import Logits
 from stages.seeding import generator
 from stages.threat import Threat
 from stages.validity import Finding, Point
