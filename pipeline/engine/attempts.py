@@ -1,7 +1,9 @@
 """Which attempt comes next, and which one counts: the only control flow the line has, as pure functions.
 
-An attempt is chosen on hold-out metrics, size and latency alone. What was read on the test split never decides whether
-another attempt is made; it is judged once the choice stands. A failed validity check ends the step at once.
+An attempt is chosen on hold-out metrics, size and latency alone. A limit on the test split never decides whether another
+attempt is made; it is judged once the choice stands. A result that failed a validity check counts for nothing, whatever
+its numbers: the next attempt is made. That cannot flatter, since the checks fail for looking too robust alone. Only in
+`JUDGING` does it end the step: there attempts differ in how hard they look, and a weaker look finds less.
 """
 
 import math
@@ -11,13 +13,16 @@ from pipeline.core.gate import Budget, Reason, Verdict
 from pipeline.engine.step import Attempt, Bisect, Step
 
 
+JUDGING = "validate"
+
+
 def following(step: Step, verdicts: Sequence[Verdict]) -> Attempt | None:
     """The attempt to make after those judged so far; None where the choice stands.
 
     Bisection: the boldest value, the gentlest, then half-way between the boldest known to pass and the gentlest known
     to be refused, until `probes` are spent or no value lies between. It relies on gentler values passing more easily.
     """
-    if verdicts and _invalid(verdicts[-1]):
+    if step.name == JUDGING and verdicts and _invalid(verdicts[-1]):
         return None
     if step.bisect is not None:
         return _halving(step.bisect, [acceptable(verdict) for verdict in verdicts])
@@ -27,9 +32,7 @@ def following(step: Step, verdicts: Sequence[Verdict]) -> Attempt | None:
 
 
 def choice(verdicts: Sequence[Verdict], budget: Budget) -> int:
-    """The index that counts: invalid results first of all, then the boldest acceptable attempt, else the closest."""
-    if _invalid(verdicts[-1]):
-        return len(verdicts) - 1
+    """The index that counts: the boldest acceptable attempt, else the closest."""
     fitting = [i for i, verdict in enumerate(verdicts) if acceptable(verdict)]
     if fitting:
         return fitting[-1]  # attempts stop at the first that fits; a bisection's later fits are the bolder ones
@@ -45,7 +48,7 @@ def closeness(verdict: Verdict, budget: Budget) -> float:
     """The worst margin among the refusals that a choice may look at, each relative to its bound; 0 would just pass.
 
     Relative to the largest bound named for the metric, or absolute where that is 0. A metric that was not measured
-    is infinitely far off.
+    is infinitely far off, and so is a failed validity check.
     """
     margins = []
     for reason in verdict.refusals:

@@ -40,9 +40,19 @@ def test_the_test_split_has_no_say_where_the_hold_out_asks_for_another_attempt()
     assert not acceptable(BOTH)
 
 
-def test_an_invalid_result_ends_the_step_and_counts() -> None:
-    assert ratio(THREE, [INVALID]) is None
-    assert choice([BAD, INVALID], ()) == 1
+def test_an_invalid_result_is_refused_whatever_its_numbers_and_the_next_attempt_is_made() -> None:
+    assert ratio(THREE, [INVALID]) == 0.5
+    assert not acceptable(INVALID)
+    assert choice([INVALID, GOOD], ()) == 1
+    assert choice([INVALID, BAD], ()) == choice([BAD, INVALID], ()) + 1 == 1  # the farthest off of all
+    masked = Verdict(reasons=(*GOOD.reasons, *INVALID.reasons))
+    assert not acceptable(masked)
+
+
+def test_where_the_checks_themselves_are_run_an_invalid_result_ends_the_step() -> None:
+    weaker = step("validate", attempts=[{"hits": 40}, {"hits": 90}])
+    assert following(weaker, [INVALID]) is None
+    assert choice([INVALID], ()) == 0
 
 
 def bisected(boldest: float, gentlest: float, probes: int, integer: bool) -> Step:

@@ -179,6 +179,18 @@ def test_a_finding_refuses_whatever_the_numbers_and_triggers_no_other_attempt(ri
     assert len(rig.ran) == 4
 
 
+def test_a_lowered_file_that_is_found_out_is_set_aside_with_its_reason_and_the_next_precision_is_tried(
+    rig: Rig,
+) -> None:
+    masked = {"precision": "int8", "findings": ("its gradients are masked",)}
+    record = rig(plan(step("export", attempts=[masked, {"precision": "fp32"}])))
+    assert record.complete
+    assert [(s.overrides["precision"], s.chosen) for s in record.stages[4:]] == [("int8", False), ("fp32", True)]
+    assert [reason.text for reason in record.stages[4].verdict.refusals] == ["its gradients are masked"]
+    with pytest.raises(GateRefused, match="none of 2 attempts .* its gradients are masked"):
+        rig(plan(step("export", attempts=[masked, {**masked, "precision": "fp32"}])))
+
+
 def test_max_loss_compares_with_the_attempt_that_counts_of_an_earlier_stage(rig: Rig) -> None:
     keep = (Limit(metric="accuracy.robust.holdout", max_loss=0.1),)
     record = rig(plan(step("compress", attempts=[{"ratio": 0.5}, {"ratio": 0.25}], budget=keep)))
