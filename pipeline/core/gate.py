@@ -1,7 +1,7 @@
 """The gate: measurements, budget and baseline in, verdict with reasons out. A pure function."""
 
 from collections.abc import Iterable, Mapping
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -43,12 +43,18 @@ _UNITS = {"latency.": "ms", "memory.": "bytes", "size.": "bytes", "cost.": "coun
 
 
 class Reason(Value):
-    """One sentence of a verdict. `margin` is how far inside (positive) or outside the bound, in the metric's unit."""
+    """One sentence of a verdict. `margin` is how far inside (positive) or outside the bound, in the metric's unit.
+
+    `bound` is the number that was held against: the limit's own or, for `max_loss`, the worst value that the baseline
+    leaves. `demand` says which of the limit's demands this is; it is None for findings and for what was not measured.
+    """
 
     metric: str
     ok: bool
     text: str
     margin: float | None = None
+    bound: float | None = None
+    demand: Literal["at_least", "at_most", "max_loss", "owed"] | None = None
 
 
 class Verdict(Value):
@@ -79,7 +85,7 @@ def judge(
     reasons = [Reason(metric="validity", ok=False, text=text) for text in findings]
     for limit in budget:
         if limit.on_device:
-            reasons.append(Reason(metric=limit.metric, ok=True, text=_owed(limit)))
+            reasons.append(Reason(metric=limit.metric, ok=True, text=_owed(limit), demand="owed"))
             continue
         found = by_name.get(limit.metric)
         if found is None:
@@ -121,22 +127,24 @@ def _end(found: Measurement, end: float, word: str) -> str:
 def _at_least(found: Measurement, bound: float) -> Reason:
     margin = found.low - bound
     text = f"{found.name} {_end(found, found.low, 'low')} must be >= {show(bound, found.unit)}"
-    return Reason(metric=found.name, ok=margin >= 0, text=text, margin=margin)
+    return Reason(metric=found.name, ok=margin >= 0, text=text, margin=margin, bound=bound, demand="at_least")
 
 
 def _at_most(found: Measurement, bound: float) -> Reason:
     margin = bound - found.high
     text = f"{found.name} {_end(found, found.high, 'high')} must be <= {show(bound, found.unit)}"
-    return Reason(metric=found.name, ok=margin >= 0, text=text, margin=margin)
+    return Reason(metric=found.name, ok=margin >= 0, text=text, margin=margin, bound=bound, demand="at_most")
 
 
 def _max_loss(found: Measurement, before: Measurement | None, allowed: float) -> Reason:
     if before is None:
         return Reason(metric=found.name, ok=False, text=f"{found.name} has no baseline to compare with")
     loss = before.value - found.value if found.better == "higher" else found.value - before.value
+    worst = before.value - allowed if found.better == "higher" else before.value + allowed
     text = (
         f"{found.name} {show(found.value, found.unit)} was {show(before.value, found.unit)}: "
         f"a loss of {show(loss, found.unit)} must be <= {show(allowed, found.unit)}"
     )
     # Values of a share differ by multiples of 1/n; the last bits of the subtraction must not decide a verdict.
-    return Reason(metric=found.name, ok=loss <= allowed + 1e-12, text=text, margin=allowed - loss)
+    ok, margin = loss <= allowed + 1e-12, allowed - loss
+    return Reason(metric=found.name, ok=ok, text=text, margin=margin, bound=worst, demand="max_loss")

@@ -1,9 +1,9 @@
 """Which attempt comes next, and which one counts: the only control flow the line has, as pure functions.
 
-An attempt is chosen on hold-out metrics, size and latency alone. A limit on the test split never decides whether another
-attempt is made; it is judged once the choice stands. A result that failed a validity check counts for nothing, whatever
-its numbers: the next attempt is made. That cannot flatter, since the checks fail for looking too robust alone. Only in
-`JUDGING` does it end the step: there attempts differ in how hard they look, and a weaker look finds less.
+An attempt is chosen on hold-out metrics, size and latency alone. A limit on the test split never decides whether
+another attempt is made; it is judged once the choice stands. A result that failed a validity check counts for nothing,
+whatever its numbers: the next attempt is made. That cannot flatter: checks fail for looking too robust alone. Only
+in `JUDGING` does it end the step: there attempts differ in how hard they look, and a weaker look finds less.
 """
 
 import math
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from pipeline.core.gate import Budget, Reason, Verdict
 from pipeline.engine.step import Attempt, Bisect, Step
-
 
 JUDGING = "validate"
 

@@ -43,9 +43,10 @@ def summary(record: RunRecord, latest: Mapping[str, Measurement]) -> tuple[str, 
         )
     certified = latest.get("accuracy.certified.test")
     if certified is not None:
+        share = words.quantity(certified.value, "fraction") if certified.value else "none of the images"
         said.append(
-            f"For {words.quantity(certified.value, 'fraction')} it is proved that no such change can fool the float "
-            "network; the proof does not cover the rounding of a lowered file."
+            f"For {share} it is proved that no such change can fool the float network; the proof does not cover the "
+            "rounding of a lowered file."
         )
     return tuple(said)
 

@@ -3,11 +3,11 @@
 Nothing is judged here: verdicts, margins and intervals are the recorded ones.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.gate import Limit, Reason
+from pipeline.core.gate import Reason
 from pipeline.core.measurement import Measurement
 from pipeline.core.record import RunRecord, StageRecord
 from pipeline.core.stage import ORDER
@@ -60,7 +60,7 @@ def view(
         confused=_confused(found.confusion),
         twins=_twins(found),
         validity=found.validity,
-        attacks=_table("Attacks that were run", found.attacks),
+        attacks=_table("Attacks that were run", found.attacks, ("name", "label", "broken")),
         training=found.training,
         tables=tuple(t for t in (_table("Compression", found.compression), _table("Training", found.training)) if t),
         meaning=prose.meaning(record, latest, found.attacks),
@@ -81,7 +81,7 @@ def _counted(name: str, record: RunRecord) -> StageRecord | None:
 
 def _stage(name: str, record: RunRecord) -> StageView:
     counted = _counted(name, record)
-    attempts = tuple(_attempt(stage, record, stage is counted) for stage in record.stages if stage.name == name)
+    attempts = tuple(_attempt(stage, stage is counted) for stage in record.stages if stage.name == name)
     config = counted.config if counted else record.spec.stages.get(name, {})
     return StageView(
         name=name,
@@ -95,8 +95,7 @@ def _stage(name: str, record: RunRecord) -> StageView:
     )
 
 
-def _attempt(stage: StageRecord, record: RunRecord, counted: bool) -> AttemptView:
-    limits = {limit.metric: limit for limit in record.spec.budget.get(stage.name, ())}
+def _attempt(stage: StageRecord, counted: bool) -> AttemptView:
     measured = {m.name: m for m in stage.measurements}
     status: Status = "set aside"
     if counted:
@@ -108,30 +107,26 @@ def _attempt(stage: StageRecord, record: RunRecord, counted: bool) -> AttemptVie
         reused=stage.reused,
         seconds=words.duration(stage.seconds),
         key=stage.key,
-        demands=tuple(_demand(r, limits.get(r.metric), measured.get(r.metric)) for r in stage.verdict.reasons),
+        demands=tuple(_demand(r, measured.get(r.metric)) for r in stage.verdict.reasons),
         numbers=tuple(_number(m) for m in stage.measurements),
     )
 
 
-def _demand(reason: Reason, limit: Limit | None, measured: Measurement | None) -> Demand:
-    owed = limit is not None and limit.on_device
+def _demand(reason: Reason, measured: Measurement | None) -> Demand:
     unit = measured.unit if measured else "fraction"
     margin = "" if reason.margin is None else words.margin(reason.margin, unit)
-    bar = None if limit is None or measured is None or reason.margin is None else _bar(reason.margin, limit, measured)
-    return Demand(reason.metric, reason.ok, owed, reason.text, margin, bar)
+    bar = None if measured is None else _bar(reason, measured)
+    return Demand(reason.metric, reason.ok, reason.demand == "owed", reason.text, margin, bar)
 
 
-def _bar(margin: float, limit: Limit, m: Measurement) -> Bar:
-    """The bound follows from the recorded margin; which of a limit's bounds it is, from the one that it meets."""
-    ok = margin >= -1e-12
-    if limit.at_least is not None and abs(m.low - margin - limit.at_least) < 1e-9:
-        return Bar(m.low, m.value, m.high, limit.at_least, m.unit, "above", ok)
-    if limit.at_most is not None and abs(m.high + margin - limit.at_most) <= 1e-9 * max(1.0, abs(limit.at_most)):
-        return Bar(m.low, m.value, m.high, limit.at_most, m.unit, "below", ok)
-    # A loss is judged between values, so the interval has no say.
-    if m.better == "higher":
-        return Bar(m.value, m.value, m.value, m.value - margin, m.unit, "above", ok)
-    return Bar(m.value, m.value, m.value, m.value + margin, m.unit, "below", ok)
+def _bar(reason: Reason, m: Measurement) -> Bar | None:
+    """What was held against what, as the gate recorded it; None where nothing was."""
+    if reason.bound is None:
+        return None
+    loss = reason.demand == "max_loss"  # judged between values, so the interval has no say
+    low, high = (m.value, m.value) if loss else (m.low, m.high)
+    above = reason.demand == "at_least" or (loss and m.better == "higher")
+    return Bar(low, m.value, high, reason.bound, m.unit, "above" if above else "below", reason.ok)
 
 
 def _number(m: Measurement) -> Number:
@@ -215,9 +210,10 @@ def _twins(figures: Figures) -> tuple[TwinView, ...]:
     return tuple(views)
 
 
-def _table(title: str, rows: tuple[dict[str, Any], ...]) -> Table | None:
-    """Columns in the order in which they first appear."""
-    head = tuple(dict.fromkeys(key for row in rows for key in row))
+def _table(title: str, rows: tuple[dict[str, Any], ...], first: Sequence[str] = ()) -> Table | None:
+    """Columns in the order in which they first appear; those named in `first` lead."""
+    there = list(dict.fromkeys(key for row in rows for key in row))
+    head = (*(key for key in first if key in there), *(key for key in there if key not in first))
     body = tuple(tuple(words.cell(row.get(key)) for key in head) for row in rows)
     return Table(title, tuple(key.replace("_", " ") for key in head), body) if rows else None
 

@@ -5,7 +5,13 @@ from collections.abc import Sequence
 from pipeline.core.gate import show
 from pipeline.core.measurement import Measurement
 
-_STEPS = (("bytes", 1 << 20, "MiB"), ("bytes", 1 << 10, "KiB"), ("count", 1_000_000, "M"))
+_STEPS = (
+    ("bytes", 1 << 30, "GiB"),
+    ("bytes", 1 << 20, "MiB"),
+    ("bytes", 1 << 10, "KiB"),
+    ("count", 1_000_000_000, "G"),
+    ("count", 1_000_000, "M"),
+)
 
 
 def quantity(value: float, unit: str) -> str:
@@ -14,17 +20,24 @@ def quantity(value: float, unit: str) -> str:
         return f"{100 * value:.1f} %"
     for kind, size, name in _STEPS:
         if unit == kind and abs(value) >= size:
-            return f"{value / size:.3g} {name}"
-    return show(value, unit)
+            return f"{_three(value / size)} {name}"
+    return f"{_three(value)} ms" if unit == "ms" else show(value, unit)
+
+
+def _three(value: float) -> str:
+    """Three digits, more before the point where there are more, and never an exponent: 0.0799, 23.5, 1013."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def interval(m: Measurement) -> str:
-    """`94.3 - 97.3 %`; empty where the number is exact."""
+    """`94.3 to 97.3 %`; empty where the number is exact."""
     if m.low == m.high:
         return ""
     if m.unit == "fraction":
         return f"{100 * m.low:.1f} to {100 * m.high:.1f} %"
-    return f"{m.low:.3g} to {quantity(m.high, m.unit)}"
+    low, high = quantity(m.low, m.unit), quantity(m.high, m.unit)
+    unit = f" {high.rpartition(' ')[2]}"
+    return f"{low.removesuffix(unit)} to {high}"  # a unit that both share is said once
 
 
 def brief(m: Measurement | None) -> str:
@@ -79,8 +92,8 @@ def cell(value: object) -> str:
 
 
 def settings(table: dict[str, object], skip: Sequence[str] = ()) -> str:
-    """`ratio = 0.75, kind = prune`; empty for an empty table."""
-    return ", ".join(f"{key} = {cell(value)}" for key, value in table.items() if key not in skip)
+    """`ratio = 0.75, kind = prune`; empty for an empty table. What is left to the method (None) is not named."""
+    return ", ".join(f"{key} = {cell(value)}" for key, value in table.items() if key not in skip and value is not None)
 
 
 def threat(task: dict[str, object]) -> str:

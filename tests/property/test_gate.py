@@ -53,6 +53,22 @@ def test_owed_limit_passes_and_says_so() -> None:
     assert "owed on the device" in verdict.reasons[0].text
 
 
+@given(_COUNTS, _SHARE, st.sampled_from(["at_least", "at_most", "max_loss"]), st.sampled_from(["higher", "lower"]))
+def test_a_reason_holds_the_bound_that_its_margin_is_measured_from(
+    counts: tuple[int, int], bound: float, demand: str, better: str
+) -> None:
+    measured = fraction("a.b", *counts).model_copy(update={"better": better})
+    before = measured.model_copy(update={"value": 0.5})
+    limit = Limit.model_validate({"metric": "a.b", demand: bound})
+    (reason,) = judge([measured], (limit,), {"a.b": before}).reasons
+    assert reason.demand == demand
+    assert reason.bound is not None
+    above = demand == "at_least" or (demand == "max_loss" and better == "higher")
+    end = {"at_least": measured.low, "at_most": measured.high, "max_loss": measured.value}[demand]
+    assert reason.margin == pytest.approx((end - reason.bound) if above else (reason.bound - end))
+    assert judge([], (Limit(metric="a.b", at_most=1, on_device=True),), {}).reasons[0].demand == "owed"
+
+
 def test_finding_refuses_whatever_the_numbers() -> None:
     assert not judge([], (), {}, findings=["accuracy at eps 1 is 0.9"]).passed
 

@@ -179,7 +179,7 @@ def test_a_finding_refuses_whatever_the_numbers_and_triggers_no_other_attempt(ri
     assert len(rig.ran) == 4
 
 
-def test_a_lowered_file_that_is_found_out_is_set_aside_with_its_reason_and_the_next_precision_is_tried(
+def test_a_file_that_is_found_out_is_set_aside_with_its_reason_and_the_next_precision_is_tried(
     rig: Rig,
 ) -> None:
     masked = {"precision": "int8", "findings": ("its gradients are masked",)}
@@ -187,7 +187,7 @@ def test_a_lowered_file_that_is_found_out_is_set_aside_with_its_reason_and_the_n
     assert record.complete
     assert [(s.overrides["precision"], s.chosen) for s in record.stages[4:]] == [("int8", False), ("fp32", True)]
     assert [reason.text for reason in record.stages[4].verdict.refusals] == ["its gradients are masked"]
-    with pytest.raises(GateRefused, match="none of 2 attempts .* its gradients are masked"):
+    with pytest.raises(GateRefused, match=r"none of 2 attempts .* its gradients are masked"):
         rig(plan(step("export", attempts=[masked, {**masked, "precision": "fp32"}])))
 
 

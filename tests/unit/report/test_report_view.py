@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.gate import Limit, judge
-from pipeline.core.measurement import exact, fraction
+from pipeline.core.measurement import Measurement, exact, fraction
 from pipeline.core.record import RunRecord
 from pipeline.report import words
 from pipeline.report.figures import figure_names, read_figures
@@ -84,6 +84,23 @@ def test_a_limit_with_two_bounds_gives_each_its_own_bar() -> None:
     assert {d.bar.bound for d in counted.demands if d.bar} == {1, 250_000}
 
 
+def test_of_two_limits_on_one_metric_only_the_one_on_the_device_is_owed() -> None:
+    record = sample.passed()
+    here, there = Limit(metric="size.model", at_most=250_000), Limit(metric="size.model", at_most=9, on_device=True)
+    stages = list(record.stages)
+    for budget in ((here, there), (there, here)):
+        verdict = judge(stages[-1].measurements, budget, {})
+        last = stages[-1].model_copy(update={"verdict": verdict})
+        shown = view(record.model_copy(update={"stages": (*stages[:-1], last)}))
+        counted = shown.stages[-1].counted
+        assert counted is not None
+        assert [(d.owed, d.bar.bound if d.bar else None) for d in counted.demands] in (
+            [(False, 250_000), (True, None)],
+            [(True, None), (False, 250_000)],
+        )
+        assert len(shown.owed) == 1
+
+
 @pytest.mark.parametrize("record", [sample.passed(), sample.refused(), sample.unfinished()])
 def test_missing_figures_are_no_fault(record: RunRecord) -> None:
     shown = view(record, {})
@@ -137,6 +154,15 @@ def test_strength_is_called_standard_only_where_every_attack_says_so(tmp_path: P
 def test_words() -> None:
     assert words.quantity(0.9613, "fraction") == "96.1 %"
     assert words.quantity(188_416, "bytes") == "184 KiB"
+    assert words.quantity(1 << 30, "bytes") == "1 GiB"
+    assert words.quantity(1013 << 20, "bytes") == "1013 MiB"  # no exponents
+    assert words.quantity(0.0798512, "ms") == "0.0799 ms"
+    assert words.quantity(-0.4, "logit") == "-0.4"
+    late = Measurement(name="latency.p95", value=2.0, low=1.5, high=2.5, unit="ms", samples=50, better="lower")
+    assert words.interval(late) == "1.5 to 2.5 ms"
+    memory = late.model_copy(update={"unit": "bytes", "low": 1000.0, "value": 1024.0, "high": 2048.0})
+    assert words.interval(memory) == "1,000 bytes to 2 KiB"
+    assert words.settings({"steps": 5, "step": None}) == "steps = 5"
     assert words.interval(exact("size.model", 3, "bytes")) == ""
     assert words.interval(fraction("accuracy.clean.test", 50, 100)) == "40.4 to 59.6 %"
     assert words.margin(-0.012, "fraction") == "1.2 points outside"
