@@ -26,10 +26,6 @@ KINDS = (*_METHODS, "presets")
 _WIDTH = 110
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", nargs="?", metavar="KIND", help=f"one of {', '.join(KINDS)}; none lists them all")
-
-
 def run(args: argparse.Namespace) -> int:
     """Print one line for each; raises `BadInput` for an unknown kind."""
     if args.kind is not None and args.kind not in KINDS:

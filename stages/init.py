@@ -27,17 +27,6 @@ _SIDES = (16, 24, 32, 48, 64)
 _TARGETS = Path(__file__).resolve().parent.parent / "targets"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="PATH", help="a folder with a folder per class, or a .npz file")
-    parser.add_argument("--out", type=Path, default=Path("spec.toml"), help="where the spec goes (spec.toml)")
-    parser.add_argument("--name", help="name of the run; else that of PATH")
-    parser.add_argument("--groups", metavar="REGEX", help="what it catches in a file name marks near-duplicates")
-    parser.add_argument("--size", type=int, metavar="N", help="resize every picture to N x N")
-    parser.add_argument("--target", default="reference", metavar="NAME", help="the device to build for (reference)")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="as for build: else $TEMPER_DATA, else ./data")
-    parser.add_argument("--force", action="store_true", help="overwrite the spec if it is there")
-
-
 def run(args: argparse.Namespace) -> int:
     """Look, warn, write. Raises `BadInput` for data or options that cannot be used."""
     targets = sorted(path.stem for path in _TARGETS.glob("*.py") if path.stem[0] != "_")

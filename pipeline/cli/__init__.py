@@ -1,6 +1,7 @@
 """`python -m pipeline COMMAND`: a table of strings, so that help imports nothing.
 
-Every command is a module with `arguments(parser)` and `run(args) -> exit status`; it may live outside this package.
+Every command is a module with `run(args) -> exit status`, which may live outside this package. What it takes is in the
+`options` module beside it, `NAME_options(parser)`, so that help and mistakes on the command line need nothing heavy.
 Exit status: 0 passed, 1 refused by a gate, 2 bad input, 3 a stage failed, 4 regression, 130 interrupted. Any exception
 with a `status` is a message for the user; everything else is a fault of ours, kept in a file and answered with 3.
 """
@@ -30,10 +31,13 @@ COMMANDS = {
 
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit status."""
-    _streams()
     try:
+        _streams()
         status = _dispatch(argv)
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("temper: interrupted; the same command carries on where this one stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader of our output left (`| head`); point stdout elsewhere so that the interpreter's flush is silent.
         deaf()
@@ -77,14 +81,25 @@ def _dispatch(argv: list[str]) -> int:
         hint = f'did you mean "{close[0]}"?' if close else "`python -m pipeline --help` lists them"
         print(f'temper: no command "{argv[0]}"; {hint}', file=sys.stderr)
         return 2
+    import signal
+
+    told: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        told.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
     try:
+        # In tests and under other programs the signal is somebody else's, and so it stays.
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, stop)
         return _run(argv[0], argv[1:])
-    except KeyboardInterrupt:
-        print("temper: interrupted; the same command carries on where this one stopped", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         raise
     except Exception as error:
+        if told:  # libraries turn an interrupt into errors of their own while they are imported
+            raise KeyboardInterrupt from None
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         status = getattr(error, "status", None)
@@ -93,6 +108,9 @@ def _dispatch(argv: list[str]) -> int:
             return 3
         print(f"temper: {error}", file=sys.stderr)
         return status
+    finally:
+        if signal.getsignal(signal.SIGINT) is stop:
+            signal.signal(signal.SIGINT, before)
 
 
 def console() -> None:
@@ -105,6 +123,10 @@ def _run(name: str, argv: list[str]) -> int:
 
     module, summary = COMMANDS[name]
     try:
+        options: Any = importlib.import_module(f"{module.rpartition('.')[0]}.options")
+        parser = Parser(prog=f"python -m pipeline {name}", description=summary)
+        getattr(options, f"{name}_options")(parser)
+        args = parser.parse_args(argv)
         command: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
@@ -115,9 +137,7 @@ def _run(name: str, argv: list[str]) -> int:
             return 2
         print(f'temper {name}: needs "{missing}"; `pip install "temper-edge[build,cpu]"`', file=sys.stderr)
         return 2
-    parser = Parser(prog=f"python -m pipeline {name}", description=summary)
-    command.arguments(parser)
-    status: int = command.run(parser.parse_args(argv))
+    status: int = command.run(args)
     return status
 
 

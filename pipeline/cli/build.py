@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.cli._probes import TORCH, ask
-from pipeline.cli.options import draft_of, line_options, roots
+from pipeline.cli.options import draft_of, roots
 from pipeline.cli.summary import summary
 from pipeline.cli.ui import say, screen, width
 from pipeline.core.errors import PASSED, BadInput
@@ -22,18 +21,6 @@ from pipeline.engine.step import Plan
 from pipeline.engine.store import Store
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    line_options(parser)
-    run_options(parser)
-
-
-def run_options(parser: argparse.ArgumentParser) -> None:
-    """--device, --threads, --quiet: how to run; none of them is in a cache key."""
-    parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument("--threads", type=_threads, metavar="N", help="threads for computing (default: all cores)")
-    parser.add_argument("--quiet", action="store_true", help="no progress, only warnings and the summary")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -118,15 +105,3 @@ def _present(device: str) -> None:
     if found is None or wanted >= len(found):
         there = f"PyTorch sees {', '.join(found)}" if found else why or "PyTorch sees no such device here"
         raise BadInput(f"--device {device}: {there}; `python -m pipeline doctor` says more, --device cpu always works")
-
-
-def _device(text: str) -> str:
-    if re.fullmatch(r"cpu|cuda(:\d+)?", text) is None:
-        raise argparse.ArgumentTypeError(f'expected cpu, cuda or cuda:N, got "{text}"')
-    return text
-
-
-def _threads(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'expected a whole number of at least 1, got "{text}"')
-    return int(text)

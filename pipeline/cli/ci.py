@@ -4,7 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline.cli.build import arguments as build_arguments
 from pipeline.cli.build import execute
 from pipeline.cli.report import figure_files, rendered, write
 from pipeline.cli.summary import summary
@@ -15,13 +14,6 @@ from pipeline.engine.build import Built
 from pipeline.engine.step import Plan
 from pipeline.report.diff import Comparison, check_baseline, compare
 from pipeline.report.records import read_record
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    build_arguments(parser)
-    parser.add_argument("--baseline", type=Path, required=True, metavar="FILE", help="the record.json to hold against")
-    parser.add_argument("--junit", type=Path, metavar="FILE", help="write every verdict as JUnit XML")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write report and comparison as Markdown")
 
 
 def run(args: argparse.Namespace) -> int:

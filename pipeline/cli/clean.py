@@ -12,12 +12,6 @@ from pipeline.engine.store import Store
 from pipeline.report.records import read_record
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs and the store live")
-    parser.add_argument("--verify", action="store_true", help="rehash everything, set damaged entries aside, exit 2")
-    parser.add_argument("--dry-run", action="store_true", help="change nothing, only say what would go")
-
-
 def run(args: argparse.Namespace) -> int:
     root = args.runs / "store"
     if not root.is_dir():

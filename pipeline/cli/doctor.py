@@ -47,12 +47,6 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data-root", type=Path, metavar="DIR", help="where data sets lie; else $TEMPER_DATA, else ./data"
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Tell everything; missing things are facts and not failures, so the exit status is 0."""
     print(f"Temper {__version__} on {platform.system()} {platform.machine()}")

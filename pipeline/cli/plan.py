@@ -6,17 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.options import draft_of, line_options, roots
+from pipeline.cli.options import draft_of, roots
 from pipeline.core.gate import Verdict, judge
 from pipeline.core.measurement import Measurement
 from pipeline.engine.attempts import choice, following
 from pipeline.engine.plan import plan
 from pipeline.engine.step import Plan, Step
 from pipeline.engine.store import Outcome, Store
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    line_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,17 +12,6 @@ from pipeline.report.diff import Comparison
 from pipeline.report.figures import figure_names
 from pipeline.report.records import read_record
 
-FORMATS = ("html", "markdown", "junit")
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "record", metavar="RUN_OR_RECORD", help="a run's folder, its name under --runs, or a record.json"
-    )
-    parser.add_argument("--format", choices=FORMATS, help="default: by the suffix of --out, else html")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write; none means standard output")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs and the store live")
-
 
 def run(args: argparse.Namespace) -> int:
     path = find_record(args.record, args.runs)
@@ -45,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 def rendered(
     form: str, record: RunRecord, files: Mapping[str, Path] | None = None, comparison: Comparison | None = None
 ) -> str:
-    """The record in one of `FORMATS`; each renderer is imported only when it is named."""
+    """The record in one of `options.FORMATS`; each renderer is imported only when it is named."""
     if form == "junit":
         from pipeline.report import junit
 

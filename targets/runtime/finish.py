@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 
 from targets.runtime import latency, trt, trt_build
-from targets.runtime._options import at_least_one, at_least_zero
 from targets.runtime.bundle import DEVICE, ENGINE, Bundle, open_manifest, verify_files
 from targets.runtime.errors import BundleError
 from targets.runtime.form import SCHEMA
@@ -46,21 +45,6 @@ class Row:
     unit: str
     samples: int
     better: str
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, help="a bundle, or the folder of the run that made it")
-    parser.add_argument("--runs", type=at_least_one, default=200, help="timed calls (default 200)")
-    parser.add_argument(
-        "--warmup", type=at_least_zero, default=20, help="calls before them that do not count (default 20)"
-    )
-    parser.add_argument("--threads", type=at_least_one, default=1, help="threads inside one operator (default 1)")
-    parser.add_argument(
-        "--runtime",
-        choices=("auto", "onnxruntime", "tensorrt"),
-        default="auto",
-        help="what will run here; auto is the manifest's, and onnxruntime where that is not to be had",
-    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,10 +10,8 @@ Bad input is answered 4xx with {"error": ...}: 413 too large, 422 anything else 
 import argparse
 import socket
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from targets.runtime._options import at_least_one, port
 from targets.runtime.body import decode
 from targets.runtime.errors import BadImages, BadOption, MissingRuntime
 from targets.runtime.predictor import Predictor, decide, open_bundle
@@ -24,16 +22,6 @@ if TYPE_CHECKING:
 MAX_BYTES = 64 << 20
 # Requests beyond this many at once are answered 503 by the server, so that a burst cannot take all the memory.
 MAX_REQUESTS = 32
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, help="a bundle, or the folder of the run that made it")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=port, default=8000, help="port (default 8000; 0 takes a free one)")
-    parser.add_argument("--threads", type=at_least_one, default=1, help="threads inside one operator (default 1)")
-    parser.add_argument(
-        "--runtime", choices=("auto", "cpu", "onnxruntime", "tensorrt"), default="auto", help="what computes the logits"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

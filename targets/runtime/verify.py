@@ -2,19 +2,12 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 
-from targets.runtime._options import at_least_one
 from targets.runtime.bundle import open_manifest, verify_files
 from targets.runtime.errors import TamperedError
 from targets.runtime.predictor import on_onnxruntime
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, help="a bundle, or the folder of the run that made it")
-    parser.add_argument("--threads", type=at_least_one, default=1, help="threads inside one operator (default 1)")
 
 
 def run(args: argparse.Namespace) -> int:

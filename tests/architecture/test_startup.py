@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+from pipeline.cli import COMMANDS
+
 _HEAVY = ("torch", "pydantic", "rich", "numpy", "onnx", "onnxruntime", "argparse")
 
 
@@ -18,7 +22,14 @@ def test_help_loads_nothing_heavy() -> None:
     assert loaded.isdisjoint(_HEAVY)
 
 
-def test_command_help_loads_no_torch() -> None:
-    for command in ("build", "ci", "plan", "report", "doctor", "clean", "list"):
-        code = f"from pipeline.cli import main\ntry: main(['{command}', '--help'])\nexcept SystemExit: pass"
-        assert _loaded(code).isdisjoint({"torch", "numpy", "onnx", "onnxruntime"}), command
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_loads_nothing_heavy(command: str) -> None:
+    code = f"from pipeline.cli import main\ntry: main(['{command}', '--help'])\nexcept SystemExit: pass"
+    heavy = {*_HEAVY, "PIL", "fastapi", "uvicorn", "jinja2"} - {"argparse"}
+    assert _loaded(code).isdisjoint(heavy)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_mistake_on_the_command_line_loads_nothing_heavy(command: str) -> None:
+    code = f"from pipeline.cli import main\ntry: main(['{command}', '--no-such-option'])\nexcept SystemExit: pass"
+    assert _loaded(code).isdisjoint({"torch", "numpy", "onnx", "onnxruntime", "pydantic"})

@@ -192,3 +192,30 @@ def test_the_summary_of_a_refusal_names_no_bundle(tmp_path: Path) -> None:
 def test_paths_below_the_current_folder_are_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "  runs/toy-reference/bundle" in shown(plan(), tmp_path / "runs")[1]
+
+
+def test_an_interrupt_that_a_library_turned_into_its_own_error_is_still_one(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "swallows.py").write_text(
+        "import os, signal\n"
+        "def run(args):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except KeyboardInterrupt:\n"
+        "        raise RuntimeError('half imported') from None\n"
+    )
+    (own / "options.py").write_text("def swallows_options(parser): pass\n")
+    code = (
+        "import sys, pipeline.cli as c; c.COMMANDS['swallows'] = ('own.swallows', ''); sys.exit(c.main(['swallows']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (130, ""), done.stderr
+    assert done.stderr == "temper: interrupted; the same command carries on where this one stopped\n"

@@ -15,6 +15,7 @@ from targets.runtime import finish
 from targets.runtime.bundle import open_manifest, verify_files
 from targets.runtime.errors import BundleError, TamperedError
 from targets.runtime.finish import Row, settle
+from targets.runtime.options import finish_options
 from tests.graphs import make_bundle, tiny
 
 NUMBERS = [
@@ -25,7 +26,7 @@ NUMBERS = [
 
 def run(folder: Path, *more: str) -> int:
     parser = argparse.ArgumentParser()
-    finish.arguments(parser)
+    finish_options(parser)
     return finish.run(parser.parse_args([str(folder), "--runs", "30", "--warmup", "2", *more]))
 
 
