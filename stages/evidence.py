@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from stages.evaluate import outputs
@@ -35,7 +35,7 @@ class Header(Value):
     """What was asked. `attacks` and `certifiers` map a name to the full settings; `model` is the SHA-256 of the weights
     file's bytes after those of the architecture's; `examples` counts the lines that follow."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     threat: dict[str, Any]
     split: str
     strength: Strength
@@ -46,8 +46,17 @@ class Header(Value):
     examples: int
 
 
+class Spending(Value):
+    """Forward and backward passes of one attack for one example; the checks around the attack are not counted."""
+
+    queries: int = Field(ge=0)
+    gradients: int = Field(ge=0)
+
+
 class Example(Value):
-    """One example. Margins are the true class's lead in logits, negative where the answer is wrong.
+    """One example. `survived` and `spent` name the attacks that had a try: an attack that comes after a proof or an
+    attack that settled the answer may have none. Margins are the true class's lead in logits, negative where the answer
+    is wrong.
 
     `margin_attacked`, `distance` (in the threat's norm) and `attacked` (the prediction) belong to the stored
     adversarial input, which is the one with the lowest margin of all that broke it; an unbroken example is stored as
@@ -59,6 +68,7 @@ class Example(Value):
     clean: int
     attacked: int
     survived: dict[str, bool]
+    spent: dict[str, Spending]
     broken_by: str | None
     stored: str | None
     margin: float
@@ -92,8 +102,8 @@ def read(path: Path) -> Evidence:
         raise InputError(f"{path}: expected a header line, got an empty file")
     first = _json(path, 1, lines[0])
     version = first.get("schema_version")
-    if version != 1:
-        raise InputError(f"{path}: line 1: expected evidence of schema 1, got {version!r}; use a newer Temper")
+    if version != 2:
+        raise InputError(f"{path}: line 1: expected evidence of schema 2, got {version!r}; use its Temper")
     header = _load(path, 1, Header, first)
     examples = tuple(_load(path, n, Example, _json(path, n, line)) for n, line in enumerate(lines[1:], 2))
     if len(examples) != header.examples:
@@ -121,13 +131,7 @@ def recheck(logits: Logits, x: Tensor, x_adv: Tensor, y: Tensor, threat: Threat,
 
     The ball is allowed `tolerance` and, for the sums of l2 and l1, one part in 100,000 of eps; the range nothing.
     """
-    delta = (x_adv.double() - x.double()).flatten(1)
-    if threat.norm == "linf":
-        distance = delta.abs().amax(1)
-    elif threat.norm == "l2":
-        distance = delta.square().sum(1).sqrt()
-    else:
-        distance = delta.abs().sum(1)
+    distance = _distance(x_adv, x, threat)
     slack = tolerance if threat.norm == "linf" else tolerance + 1e-5 * threat.eps
     flat = x_adv.flatten(1)
     return Recheck(
@@ -135,6 +139,30 @@ def recheck(logits: Logits, x: Tensor, x_adv: Tensor, y: Tensor, threat: Threat,
         in_range=(flat.amin(1) >= threat.low) & (flat.amax(1) <= threat.high),
         wrong=outputs(logits, x_adv).argmax(1) != y,
     )
+
+
+def on_grid(x_adv: Tensor, x: Tensor, threat: Threat, levels: int = 255) -> Tensor:
+    """What an image file of `levels` + 1 steps a channel can hold of `x_adv` [N, C, H, W], within the ball around x.
+
+    The nearest such image; where that leaves the ball, every pixel is rounded towards x instead, which cannot. Raises
+    `InputError` where x itself is not on the grid. `recheck` on the result says which examples survive a file.
+    """
+    off = float((x.double() * levels - (x.double() * levels).round()).abs().max()) if x.numel() else 0.0
+    if off > 1e-3:
+        raise InputError(f"grid: expected images on the grid of {levels} steps, got one {off:.3g} steps off it")
+    origin, wanted = (x.double() * levels).round(), x_adv.double() * levels
+    nearest = (wanted.round() / levels).to(x.dtype)
+    towards = ((origin + (wanted - origin).trunc()) / levels).to(x.dtype)
+    inside = _distance(nearest, x, threat) <= threat.eps + 1e-6
+    return torch.where(inside.view((-1,) + (1,) * (x.dim() - 1)), nearest, towards)
+
+
+def _distance(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
+    """[N] in float64."""
+    delta = (x_adv.double() - x.double()).flatten(1)
+    if threat.norm == "linf":
+        return delta.abs().amax(1)
+    return delta.square().sum(1).sqrt() if threat.norm == "l2" else delta.abs().sum(1)
 
 
 def lead(z: Tensor, y: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from stages.bounds.base import Certifier
 from stages.data.base import Split
 from stages.evaluate import confusion, correct, outputs
 from stages.nn import _atomic
+from stages.oracle import Spent
 from stages.pictures import difference, png
 from stages.threat import Threat
 from stages.validity import PROBE, Finding, Point
@@ -40,10 +41,11 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Struck:
-    """By attack: what survived it, bool [N], and its adversarial inputs; then the strongest of them per image."""
+    """By attack: what survived it, bool [N], and what it spent; then the strongest adversarial input per image."""
 
     attacks: dict[str, Attack]
     survived: dict[str, Tensor]
+    spent: dict[str, Spent]
     x_adv: Tensor
     stored: list[str | None]
 
@@ -123,6 +125,7 @@ def examples(scene: Scene, struck: Struck, proved: Proved) -> list[evidence.Exam
                 clean=int(z[i].argmax()),
                 attacked=int(attacked[i].argmax()),
                 survived=survived,
+                spent={name: _spending(spent, i) for name, spent in struck.spent.items()},
                 broken_by=first if bool(scene.right[i]) else evidence.CLEAN,
                 stored=struck.stored[i],
                 margin=float(before[i]),
@@ -159,6 +162,10 @@ def _curve_point(point: Point, strength: evidence.Strength) -> dict[str, float |
     low, high = point.interval
     label = f"{PROBE.kind} ({strength})"
     return {"eps": point.at, "value": point.value, "low": low, "high": high, "attack": label}
+
+
+def _spending(spent: Spent, row: int) -> evidence.Spending:
+    return evidence.Spending(queries=int(spent.queries[row]), gradients=int(spent.gradients[row]))
 
 
 def _finite(value: float) -> float | None:

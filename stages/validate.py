@@ -24,6 +24,7 @@ from stages.measure import accuracy
 from stages.method import InputError, Value
 from stages.nn import _atomic, checkpoint
 from stages.nn.fold import dense, fold
+from stages.oracle import Oracle, Spent
 from stages.scene import Proved, Scene, Struck, write
 from stages.seeding import derive, generator
 from stages.task import Task
@@ -122,14 +123,15 @@ def _names(methods: Sequence[Attack] | Sequence[Certifier]) -> tuple[str, ...]:
 
 def _strike_all(scene: Scene, train: Split, config: Config, ctx: Context) -> Struck:
     """Every attack on every image that is right; what is finished already is read from the scratch folder."""
-    attacks, survived, found = dict(zip(_names(config.attacks), config.attacks, strict=True)), {}, {}
+    attacks, survived, spent, found = dict(zip(_names(config.attacks), config.attacks, strict=True)), {}, {}, {}
     for name, attack in attacks.items():
         attack.accept(scene.threat)
         kept = ctx.scratch / f"attack-{name}.safetensors"
         if not kept.exists():
             ready = attack.prepare(scene.net, _batches(train, ctx.device), generator(ctx.seed, "prepare", name))
+            oracle = Oracle.of(scene.net, len(scene.x), ctx.device)
             still, x_adv = under_attack(
-                scene.net,
+                oracle,
                 ready,
                 scene.x,
                 scene.y,
@@ -138,11 +140,18 @@ def _strike_all(scene: Scene, train: Split, config: Config, ctx: Context) -> Str
                 _BATCH,
                 _progress(ctx, f"attack: {name}"),
             )
-            _atomic.write(kept, bytes_of({"survived": still.cpu(), "x_adv": x_adv.cpu().contiguous()}))
-        stored = tensors_of(kept.read_bytes())
-        survived[name], found[name] = stored["survived"].to(ctx.device), stored["x_adv"].to(ctx.device)
+            made = {
+                "survived": still,
+                "x_adv": x_adv.contiguous(),
+                "queries": oracle.spent.queries,
+                "gradients": oracle.spent.gradients,
+            }
+            _atomic.write(kept, bytes_of({key: value.cpu() for key, value in made.items()}))
+        stored = {key: value.to(ctx.device) for key, value in tensors_of(kept.read_bytes()).items()}
+        survived[name], found[name] = stored["survived"], stored["x_adv"]
+        spent[name] = Spent(stored["queries"], stored["gradients"])
     x_adv, by = evidence.worst(scene.x, found, scene.net, scene.y)
-    return Struck(attacks, survived, x_adv, by)
+    return Struck(attacks, survived, spent, x_adv, by)
 
 
 def _batches(split: Split, device: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stages import evidence
-from stages.evidence import Example, Header, recheck
+from stages.evidence import Example, Header, Spending, on_grid, recheck
 from stages.method import InputError
 from stages.threat import Threat
 
@@ -38,6 +38,7 @@ def row(index: int, broken: bool) -> Example:
         clean=1,
         attacked=0 if broken else 1,
         survived={"pgd": not broken},
+        spent={"pgd": Spending(queries=3 if broken else 21, gradients=2 if broken else 20)},
         broken_by="pgd" if broken else None,
         stored="pgd" if broken else None,
         margin=0.1 + index,
@@ -85,10 +86,10 @@ def test_the_documentation_names_every_field() -> None:
         (lambda lines: lines[:0], "expected a header line, got an empty file"),
         (lambda lines: lines[:-1], "the header counts 2 examples, got 1; is the file cut short"),
         (lambda lines: [*lines[:-1], lines[-1][:20]], "line 3: expected JSON"),
-        (lambda lines: [lines[0].replace('"schema_version":1', '"schema_version":2'), *lines[1:]], "schema 1, got 2"),
+        (lambda lines: [lines[0].replace('"schema_version":2', '"schema_version":3'), *lines[1:]], "schema 2, got 3"),
         (lambda lines: [lines[0], lines[1].replace('"label":1', '"label":"one"'), lines[2]], "line 2: label: "),
         (lambda lines: [lines[0], "[]", lines[2]], "line 2: expected a table, got list"),
-        (lambda lines: ['{"examples":2}', *lines[1:]], "line 1: expected evidence of schema 1, got None"),
+        (lambda lines: ['{"examples":2}', *lines[1:]], "line 1: expected evidence of schema 2, got None"),
     ],
 )
 def test_damage_is_named_by_its_line(damage: Damage, message: str, tmp_path: Path) -> None:
@@ -136,3 +137,31 @@ def test_the_strongest_of_several_is_stored_and_ties_go_to_the_first() -> None:
 def test_the_lead_is_negative_where_the_answer_is_wrong() -> None:
     z = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]])
     assert evidence.lead(z, torch.tensor([0, 2])).tolist() == [1.0, -2.0]
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 2.5 / 255), ("l2", 3.2 / 255), ("l1", 5.5 / 255)])
+def test_the_nearest_image_on_the_grid_stays_in_the_ball(norm: str, eps: float) -> None:
+    threat = Threat.load({"norm": norm, "eps": eps})
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (200, 1, 3, 3), generator=rng) / 255
+    x_adv = threat.project(threat.random(x, rng), x)
+    found = on_grid(x_adv, x, threat)
+    assert torch.allclose(found * 255, (found * 255).round(), atol=1e-4)
+    assert bool(recheck(lambda batch: batch.flatten(1), x, found, torch.zeros(200), threat).in_ball.all())
+    # Half a step is as far as rounding goes, a whole one where it had to go towards the image.
+    assert float((found - x_adv).abs().max()) <= 1 / 255 + 1e-6
+    assert torch.equal(on_grid(x, x, threat), x)
+
+
+def test_two_pixels_rounded_out_of_the_ball_are_rounded_back() -> None:
+    x, threat = torch.full((1, 1, 1, 2), 100 / 255), Threat(norm="l2", eps=1.0 / 255)
+    outward = x + 0.6 / 255
+    assert (on_grid(outward, x, threat) * 255).round().flatten().tolist() == [100, 100]
+    wide = Threat(norm="l2", eps=2.0 / 255)
+    assert (on_grid(outward, x, wide) * 255).round().flatten().tolist() == [101, 101]
+
+
+def test_an_image_that_is_not_on_the_grid_is_refused() -> None:
+    x = torch.full((1, 1, 2, 2), 0.501)
+    with pytest.raises(InputError, match=r"got one 0\.245 steps off"):
+        on_grid(x, x, THREAT)

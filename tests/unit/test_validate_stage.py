@@ -146,6 +146,11 @@ def test_evidence_numbers_and_stored_inputs_tell_the_same_story(honest: tuple[Pa
         assert (row.broken_by == evidence.CLEAN) == (row.clean != row.label) == (row.margin < 0)
         assert row.stored is None or (row.margin_attacked < 0 < row.margin and row.distance <= 0.1 + 1e-6)
         assert not (row.certified["ibp"] and row.broken_by)
+        assert row.spent.keys() == row.survived.keys()
+        for name, spent in row.spent.items():
+            # What is wrong from the start enters no attack; a full try of PGD is one pass more than its steps.
+            assert (spent.queries == 0) == (row.broken_by == evidence.CLEAN)
+            assert spent.gradients == 0 if name == "square" else spent.gradients <= spent.queries
 
 
 def test_the_sample_is_stratified_in_file_order_and_does_not_depend_on_the_seed(
