@@ -11,6 +11,7 @@ import numpy.typing as npt
 from targets.runtime.errors import BadImages
 
 _DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("u1"), "float32": np.dtype("<f4")}
+_MODES = ("1", "L", "LA", "RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr")
 _NPY, _PNG, _JPEG = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 
 
@@ -44,6 +45,8 @@ def _npy(body: bytes) -> npt.NDArray[Any]:
     dtype: np.dtype[Any] = np.dtype(header[2])
     if dtype.hasobject:
         raise BadImages("body: a .npy file of Python objects would have to be unpickled, which is never done")
+    if dtype.itemsize == 0 or not all(type(size) is int and size >= 0 for size in shape):
+        raise BadImages(f"body: the .npy header says {dtype} {list(shape)}, which is no array of numbers")
     # The header names a shape that nobody has paid for yet: compare it with the bytes that really came.
     rest = len(body) - stream.tell()
     if math.prod(shape) * dtype.itemsize != rest:
@@ -72,23 +75,42 @@ def _raw(body: bytes, headers: Mapping[str, str], shape: tuple[int, int, int]) -
 
 
 def _picture(body: bytes, shape: tuple[int, int, int]) -> npt.NDArray[Any]:
+    """uint8 [1, C, H, W], read as pictures were read for training: the camera's orientation mark is obeyed,
+    transparency dropped, and what has more than 8 bits a channel or several frames refused.
+    """
     channels, height, width = shape
     if channels not in (1, 3):
         raise BadImages(f"body: a picture has 1 or 3 channels and this network takes {channels}; send .npy")
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError:
         raise BadImages("body: reading pictures needs Pillow, which is not installed; send .npy or raw") from None
     try:
         with Image.open(io.BytesIO(body), formats=("PNG", "JPEG")) as picture:
-            if picture.size != (width, height):
+            if getattr(picture, "n_frames", 1) > 1:
+                raise BadImages("body: expected one picture, got several frames")
+            if picture.mode not in _MODES:
                 raise BadImages(
-                    f"body: expected a picture of {width} x {height}, got {picture.size[0]} x {picture.size[1]}; "
-                    "how to resize is part of the model and not guessed"
+                    f'body: expected 8 bits a channel, got mode "{picture.mode}"; send .npy with values in [0, 1]'
                 )
-            pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+            _fits(picture.size, width, height)
+            upright = ImageOps.exif_transpose(picture)
+            pixels = np.asarray(upright.convert("L" if channels == 1 else "RGB"))
     except BadImages:
         raise
+    except UnidentifiedImageError:
+        raise BadImages("body: the picture cannot be read: it is damaged or cut short") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError and their own
         raise BadImages(f"body: the picture cannot be read: {error}") from error
+    _fits((pixels.shape[1], pixels.shape[0]), width, height, exact=True)
     return pixels.reshape(1, 1, height, width) if channels == 1 else pixels.transpose(2, 0, 1)[None]
+
+
+def _fits(size: tuple[int, int], width: int, height: int, exact: bool = False) -> None:
+    """Before decoding, which costs memory, a picture may still lie on its side."""
+    if size == (width, height) or (not exact and size == (height, width)):
+        return
+    raise BadImages(
+        f"body: expected a picture of {width} x {height}, got {size[0]} x {size[1]}; "
+        "how to resize is part of the model and not guessed"
+    )

@@ -38,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 
 from targets.runtime.errors import BundleError, TamperedError
-from targets.runtime.form import BATCHES, MANIFEST, SCHEMA, SEAL, TOLERANCE, check_form, seal
+from targets.runtime.form import BATCHES, MANIFEST, SCHEMA, SEAL, TOLERANCE, check_device, check_form, seal
 
 DEVICE, ENGINE, PROBE = "device.json", "device.engine", "probe.npz"
 # What `finish` may leave beside the listed files; a `.tmp` is what it left when it was killed, and is never opened.
@@ -141,7 +141,10 @@ class Bundle:
         if not path.exists():
             return None
         found = _json(_plain(self.folder, DEVICE).read_bytes(), path)
-        return found if found.get("bundle") == self.digest and found.get("schema_version") == SCHEMA else None
+        if found.get("bundle") != self.digest or found.get("schema_version") != SCHEMA:
+            return None
+        check_device(found, path)
+        return found
 
     def engine(self) -> bytes | None:
         """The engine that `finish` built here, where it did. Raises `TamperedError` where its bytes changed."""
@@ -191,9 +194,12 @@ def verify_files(bundle: Bundle) -> int:
             relative = path.relative_to(bundle.folder).as_posix()
             if path.is_symlink():
                 raise TamperedError(f"{path}: a link; a bundle holds plain files only")
-            if name in names and relative not in listed and relative not in (MANIFEST, SEAL, *MADE_HERE):
+            known = relative in listed or relative in (MANIFEST, SEAL, *MADE_HERE)
+            if name in folders:
+                known = any(file.startswith(f"{relative}/") for file in listed)
+            if not known:
                 raise TamperedError(f"{path}: not in the manifest; remove it, or fetch the bundle again")
-    if (bundle.folder / ENGINE).exists() and bundle.engine() is None:
+    if bundle.engine() is None and (bundle.folder / ENGINE).exists():
         raise TamperedError(f"{bundle.folder / ENGINE}: no {DEVICE} of this bundle names it; remove it, run `finish`")
     return len(listed)
 

@@ -27,9 +27,9 @@ def seal(manifest: bytes) -> bytes:
 def check_form(manifest: Mapping[str, Any], where: Path) -> None:
     """Raises `BundleError` naming the field, what was expected and what came."""
     version = manifest.get("schema_version")
-    if isinstance(version, int) and version > SCHEMA:
+    if type(version) is int and version > SCHEMA:
         raise BundleError(f"{where}: schema {version} is newer than this runtime reads ({SCHEMA}); update it")
-    if version != SCHEMA:
+    if type(version) is not int or version != SCHEMA:
         raise BundleError(f"{where}: expected schema_version {SCHEMA}, got {version!r}")
     for key in ("name", "target", "model", "precision", "runtime"):
         _field(manifest, key, str, where)
@@ -44,6 +44,17 @@ def check_form(manifest: Mapping[str, Any], where: Path) -> None:
     _recipe(manifest, where)
     _rows(manifest, where)
     _files(manifest, where)
+
+
+def check_device(device: Mapping[str, Any], where: Path) -> None:
+    """What the runtime reads of a `device.json`; raises `BundleError` naming the field."""
+    for row in _field(device, "verdict", list, where):
+        if not isinstance(row, dict) or not isinstance(row.get("metric"), str):
+            raise BundleError(f"{where}: verdict: expected a metric and whether it is kept, got {row!r}")
+    engine = device.get("engine")
+    known = isinstance(engine, dict) and isinstance(engine.get("sha256"), str) and type(engine.get("bytes")) is int
+    if engine is not None and not known:
+        raise BundleError(f"{where}: engine: expected sha256 and bytes, or nothing, got {engine!r}")
 
 
 def _network(manifest: Mapping[str, Any], where: Path) -> None:

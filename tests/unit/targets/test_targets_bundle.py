@@ -1,6 +1,7 @@
 """Nothing of a bundle is believed before its digest is checked, and every refusal says which file and why."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,36 @@ def plant_engine(folder: Path) -> None:
     (folder / "device.engine").write_bytes(b"an engine that nobody built here")
 
 
+def add_folder(folder: Path) -> None:
+    (folder / "images" / "more").mkdir()
+
+
+def rename(folder: Path) -> None:
+    (folder / "report.html").rename(folder / "rapport.html")
+
+
+def folder_for_file(folder: Path) -> None:
+    (folder / "report.html").unlink()
+    (folder / "report.html").mkdir()
+
+
+def pipe_for_file(folder: Path) -> None:
+    (folder / "report.html").unlink()
+    os.mkfifo(folder / "report.html")  # to open it would wait for ever
+
+
+def engine_gone(folder: Path) -> None:
+    finished(folder, verdict=[], engine={"sha256": "0" * 64, "bytes": 3})
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (add_folder, "more: not in the manifest"),
+        (rename, "report.html: missing"),
+        (folder_for_file, "report.html: missing"),
+        (pipe_for_file, "report.html: missing"),
+        (engine_gone, "device.engine: missing"),
         (remove, "probe.npz: missing"),
         (add, "two.png: not in the manifest"),
         (link_file, "report.html: a link"),
@@ -118,6 +146,30 @@ def test_what_a_killed_finish_leaves_does_not_lock_the_bundle(bundle: Path) -> N
     verify_files(open_manifest(bundle))
 
 
+def finished(folder: Path, **found: object) -> None:
+    """A `device.json` that names this very bundle."""
+    named = {"schema_version": 1, "bundle": open_manifest(folder).digest, **found}
+    (folder / "device.json").write_text(json.dumps(named))
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({}, 'expected "verdict"'),
+        ({"verdict": 5}, "verdict: expected list"),
+        ({"verdict": [5]}, "verdict: expected a metric"),
+        ({"verdict": [{"ok": True}]}, "verdict: expected a metric"),
+        ({"verdict": [], "engine": 5}, "engine: expected sha256 and bytes"),
+        ({"verdict": [], "engine": {"sha256": 5, "bytes": 3}}, "engine: expected sha256 and bytes"),
+    ],
+)
+def test_a_device_file_of_another_form_names_the_field(bundle: Path, found: dict[str, object], words: str) -> None:
+    finished(bundle, **found)
+    with pytest.raises(BundleError, match=f"device.json: .*{words}|device.json: {words}") as caught:
+        open_bundle(bundle)
+    assert caught.value.status == 2
+
+
 def test_a_device_file_of_another_bundle_says_nothing(bundle: Path) -> None:
     (bundle / "device.json").write_text(json.dumps({"schema_version": 1, "bundle": "0" * 64, "verdict": []}))
     assert open_manifest(bundle).device() is None
@@ -127,6 +179,7 @@ def test_a_device_file_of_another_bundle_says_nothing(bundle: Path) -> None:
     ("path", "value", "words"),
     [
         (("schema_version",), 2, "schema 2 is newer than this runtime reads"),
+        (("schema_version",), True, "expected schema_version 1, got True"),
         (("schema_version",), "1", "expected schema_version 1, got '1'"),
         (("name",), None, "name: expected str, got None"),
         (("model",), "other.onnx", "model 'other.onnx' is not among the files"),

@@ -19,6 +19,7 @@ import pytest
 from fastapi import FastAPI
 from PIL import Image
 
+from stages.data._image import pixels as trained_on
 from targets.runtime.body import decode
 from targets.runtime.errors import BadImages
 from targets.runtime.predictor import Predictor, open_bundle
@@ -58,7 +59,19 @@ def npy(array: npt.NDArray[Any], **options: Any) -> bytes:
 def picture(kind: str, mode: str = "L", size: tuple[int, int] = (8, 8)) -> bytes:
     pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     stream = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(stream, kind)
+    made = (
+        Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+        if mode == "I;16"
+        else Image.fromarray(pixels).convert(mode)
+    )
+    made.save(stream, kind)
+    return stream.getvalue()
+
+
+def frames() -> bytes:
+    stream = io.BytesIO()
+    first, second = (Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (0, 200))
+    first.save(stream, "PNG", save_all=True, append_images=[second])
     return stream.getvalue()
 
 
@@ -97,6 +110,32 @@ def test_colour_pictures_come_out_channels_first() -> None:
     np.testing.assert_array_equal(found[0].transpose(1, 2, 0), np.asarray(Image.open(io.BytesIO(body))))
 
 
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("PNG", "RGBA"), ("PNG", "LA"), ("PNG", "P"), ("PNG", "1"), ("JPEG", "CMYK")]
+)
+def test_every_picture_of_8_bits_is_read_as_for_training(
+    app: FastAPI, predictor: Predictor, tmp_path: Path, kind: str, mode: str
+) -> None:
+    body = picture(kind, mode)
+    (tmp_path / "one").write_bytes(body)
+    trained = trained_on(tmp_path / "one")
+    grey = trained if trained.shape[2] == 1 else np.asarray(Image.fromarray(trained).convert("L"))[..., None]
+    check(ask(app, "POST", "/predict", body), predictor, grey.transpose(2, 0, 1)[None])
+    np.testing.assert_array_equal(decode(picture(kind, mode), {}, (3, 8, 8)).shape, (1, 3, 8, 8))
+
+
+def test_the_cameras_orientation_mark_is_obeyed_as_for_training(tmp_path: Path) -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    found = decode((tmp_path / "turned.png").read_bytes(), {}, (1, 6, 4))
+    np.testing.assert_array_equal(found[0, 0], np.rot90(pixels, -1))
+    np.testing.assert_array_equal(found[0, 0], trained_on(tmp_path / "turned.png")[:, :, 0])
+    with pytest.raises(BadImages, match="expected a picture of 6 x 4, got 4 x 6"):
+        decode((tmp_path / "turned.png").read_bytes(), {}, (1, 4, 6))
+
+
 def header(shape: str, dtype: str = "<f4") -> bytes:
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
@@ -128,13 +167,20 @@ class Evil:
         (npy(np.zeros((1, 1, 8, 8), np.float32)) + b"more", {}, "bytes follow it"),
         (npy(np.array([Evil()], object), allow_pickle=True), {}, "never done"),
         (header("(100000000000, 1, 8, 8)"), {}, "but 0 bytes follow it"),
-        (header("(-1, 1, 8, 8)"), {}, "bytes follow it|cannot be read|not a .npy"),
+        (header("(-1, 1, 8, 8)"), {}, "no array of numbers"),
         (header("__import__('os').mkdir('/tmp/this-must-never-exist')"), {}, "cannot be read"),
         (header("(1,)", "V" * 60), {}, "cannot be read"),
+        (header("(-2, -1, 8, 8)") + bytes(512), {}, "no array of numbers"),
+        (header("(True, 1, 8, 8)") + bytes(256), {}, "no array of numbers"),
+        (header("(5,)", "|V0"), {}, "no array of numbers"),
+        (header("(5,)", "<U0"), {}, "no array of numbers"),
         (b"\x93NUMPY", {}, "cannot be read"),
         (b"\x93NUMPY\x09\x00junkjunkjunk", {}, "cannot be read"),
         (picture("PNG", "L", (9, 8)), {}, "expected a picture of 8 x 8, got 9 x 8"),
-        (picture("PNG")[:40], {}, "the picture cannot be read"),
+        (picture("PNG", "L", (8, 9)), {}, "expected a picture of 8 x 8, got 8 x 9"),
+        (picture("PNG", "I;16"), {}, r'expected 8 bits a channel, got mode "I;16"'),
+        (frames(), {}, "several frames"),
+        (picture("PNG")[:40], {}, "cannot be read: it is damaged or cut short"),
         (picture("JPEG")[:200], {}, "the picture cannot be read"),
     ],
 )
