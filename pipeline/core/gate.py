@@ -1,6 +1,6 @@
 """The gate: measurements, budget and baseline in, verdict with reasons out. A pure function."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -39,7 +39,15 @@ class Limit(Value):
 
 Budget = tuple[Limit, ...]
 
-_UNITS = {"latency.": "ms", "memory.": "bytes", "size.": "bytes", "cost.": "count"}
+_UNITS = {
+    "accuracy.": "fraction",
+    "parity.top1": "fraction",
+    "parity.logits": "logit",
+    "latency.": "ms",
+    "memory.": "bytes",
+    "size.": "bytes",
+    "cost.": "count",
+}
 
 
 class Reason(Value):
@@ -109,9 +117,38 @@ def show(value: float, unit: str) -> str:
 
 def bounds(limit: Limit) -> str:
     """`>= 0.5 and <= 20 ms`: the absolute bounds, in the unit that the metric's name implies."""
-    unit = next((unit for prefix, unit in _UNITS.items() if limit.metric.startswith(prefix)), "fraction")
+    unit = _unit(limit.metric) or "fraction"
     ends = ((">=", limit.at_least), ("<=", limit.at_most))
     return " and ".join(f"{sign} {show(end, unit)}" for sign, end in ends if end is not None)
+
+
+def beyond(limit: Limit) -> Iterator[tuple[str, str]]:
+    """The bounds that every value meets or none can: key and sentence.
+
+    Shares lie in [0, 1], everything else that is measured is at least 0. The ends themselves are legal bounds: a limit
+    of 0 asks that a number be measured, one of 1 is hard and not impossible.
+    """
+    unit = _unit(limit.metric)
+    for key, bound in (("at_least", limit.at_least), ("at_most", limit.at_most), ("max_loss", limit.max_loss)):
+        if bound is None or unit is None:
+            continue
+        if unit == "fraction" and not 0 <= bound <= 1:
+            hint = f"; did you mean {bound / 100:g}?" if 1 < bound <= 100 else ""
+            yield key, f"expected 0 to 1, since {limit.metric} is a share, got {bound:g}{hint}"
+        elif bound < 0:
+            yield key, f"expected at least 0, since {limit.metric} is never below, got {bound:g}"
+    if limit.at_least is not None and limit.at_most is not None and limit.at_least > limit.at_most:
+        yield (
+            "at_most",
+            (
+                f"expected at least {limit.at_least:g}, which is at_least of the same limit on {limit.metric}, "
+                f"got {limit.at_most:g}; no value meets both"
+            ),
+        )
+
+
+def _unit(metric: str) -> str | None:
+    return next((unit for prefix, unit in _UNITS.items() if metric.startswith(prefix)), None)
 
 
 def _owed(limit: Limit) -> str:

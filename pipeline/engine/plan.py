@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from pipeline.core.canonical import derive_seed, digest
 from pipeline.core.errors import SpecError, nearest
-from pipeline.core.gate import Budget, Limit
+from pipeline.core.gate import Budget, Limit, beyond
 from pipeline.core.spec import Draft, Spec
 from pipeline.core.stage import ORDER
 from pipeline.core.target import Target
@@ -130,10 +130,14 @@ def _fresh(draft: Draft, page: Target, runs: Path, data_root: Path, memo: Path, 
 def _budgets(tables: Mapping[str, Any], kind: str, draft: Draft, findings: list[str]) -> dict[str, Budget]:
     found = {}
     for name, rows in tables.items():
-        limits = [
-            sections.parsed(Limit, row, (kind, name, str(number)), draft, findings) for number, row in enumerate(rows)
-        ]
-        found[name] = tuple(limit for limit in limits if limit is not None)
+        limits: list[Limit] = []
+        for number, row in enumerate(rows):
+            at = (kind, name, str(number))
+            limit = sections.parsed(Limit, row, at, draft, findings)
+            if limit is not None:
+                findings += [f"{draft.where((*at, key))}: {text}" for key, text in beyond(limit)]
+                limits.append(limit)
+        found[name] = tuple(limits)
     return found
 
 

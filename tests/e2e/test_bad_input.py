@@ -67,6 +67,23 @@ def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
             'arch: builder "small_cnn": wdith: unknown key; did you mean',
         ),
         (BASE + '[[budget.train]]\nmetrik = "x"\nat_least = 1\n', "spec.toml:2: budget.train.metric: missing"),
+        (
+            BASE + '[[budget.train]]\nmetric = "accuracy.clean.holdout"\nat_least = 88\n',
+            "spec.toml:4: budget.train.at_least: expected 0 to 1, since accuracy.clean.holdout is a share, got 88; "
+            "did you mean 0.88?",
+        ),
+        (
+            BASE + '[[budget.export]]\nmetric = "size.model"\nat_most = -1\n',
+            "spec.toml:4: budget.export.at_most: expected at least 0, since size.model is never below, got -1",
+        ),
+        (
+            BASE + '[[budget.export]]\nmetric = "size.model"\nat_least = 10\nat_most = 5\n',
+            "spec.toml:5: budget.export.at_most: expected at least 10, which is at_least of the same limit",
+        ),
+        (
+            BASE + '[[regression.validate]]\nmetric = "accuracy.robust.test"\nmax_loss = 2\n',
+            "spec.toml:4: regression.validate.max_loss: expected 0 to 1, since accuracy.robust.test is a share, got 2",
+        ),
         (BASE + '[stages.train]\nepochs = "ten"\n', 'stages.train.epochs: expected a whole number, got "ten"'),
         (BASE + '[stages.train]\nepochs = "3"\n', 'stages.train.epochs: expected a whole number, got "3"'),
         (BASE + "[stages.train]\nepochs = true\n", "stages.train.epochs: expected a whole number, got true"),

@@ -1,11 +1,13 @@
 """The gate is monotone in every measurement, refuses what is missing, and does not care about order."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.core.gate import Limit, judge
+from pipeline.core.gate import Limit, beyond, judge
 from pipeline.core.measurement import Measurement, exact, fraction, wilson
 
 _COUNTS = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -114,3 +116,13 @@ def test_limit_without_a_bound_is_refused() -> None:
 def test_interval_that_misses_its_value_is_refused() -> None:
     with pytest.raises(ValidationError, match="low <= value <= high"):
         Measurement(name="a", value=2, low=0, high=1, unit="ms", samples=1, better="lower")
+
+
+METRICS = st.sampled_from(["accuracy.robust.test", "parity.top1", "parity.logits", "size.model", "latency.p95"])
+
+
+@given(METRICS, st.floats(-1e6, 1e6), st.sampled_from(["at_least", "at_most"]))
+def test_a_bound_is_beyond_a_metric_exactly_where_no_value_lies_on_it(metric: str, bound: float, key: str) -> None:
+    top = 1.0 if metric in ("accuracy.robust.test", "parity.top1") else math.inf
+    found = list(beyond(Limit.load({"metric": metric, key: bound})))
+    assert [k for k, _ in found] == ([] if 0 <= bound <= top else [key])
