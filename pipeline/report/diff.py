@@ -14,10 +14,11 @@ from typing import Any
 from pipeline.core.errors import BadInput
 from pipeline.core.gate import Limit, Reason, Verdict, judge, show
 from pipeline.core.measurement import Measurement
+from pipeline.core.paired import mcnemar
 from pipeline.core.record import Outcomes, RunRecord, StageRecord
 from pipeline.core.spec import Spec
 from pipeline.core.stage import MEASURING, ORDER
-from pipeline.report.paired import holm, mcnemar
+from pipeline.report.paired import holm
 
 LEVEL = 0.01
 

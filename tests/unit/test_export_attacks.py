@@ -5,7 +5,7 @@ from pathlib import Path
 from stages import evidence
 from stages.attacks.pgd import PGD
 from stages.attacks.square import Square
-from stages.export import same_attacks
+from stages.remeasure import same_attacks
 
 
 def told(folder: Path, **attacks: PGD | Square) -> evidence.Evidence:

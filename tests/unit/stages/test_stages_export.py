@@ -16,9 +16,11 @@ from safetensors.torch import save as bytes_of
 from pipeline.core.errors import BadInput
 from pipeline.core.stage import Context, Files, Result
 from stages import export, search, train, validate
+from stages.lowering import calibration, check_export
 from stages.method import InputError
 from stages.nn import checkpoint
 from stages.nn.fold import fold
+from stages.remeasure import positions, suspicious
 from stages.task import Splits, Task
 from targets.runtime.ort import OrtEngine
 
@@ -218,11 +220,11 @@ def test_progress_ends_where_it_said_it_would(validated: Files, tmp_path: Path) 
 def test_a_graph_that_is_not_the_network_is_refused(made: dict[str, Result], validated: Files, splits: Splits) -> None:
     net = fold(checkpoint.load(validated["arch.json"], validated["weights.safetensors"]).net)
     good = made["fp32"].files["bundle/model.onnx"].read_bytes()
-    export._check_export(net, good, splits)
+    check_export(net, good, splits)
     with torch.no_grad():
         next(net.parameters()).mul_(1.5)
     with pytest.raises(InputError, match=r'off at batch 1; try exporter = "legacy"'):
-        export._check_export(net, good, splits)
+        check_export(net, good, splits)
 
 
 def test_what_cannot_be_met_is_known_before_anything_runs() -> None:
@@ -234,12 +236,10 @@ def test_what_cannot_be_met_is_known_before_anything_runs() -> None:
         export.measures(export.Config.load({"attacks": ["apgd"]}), {**TASK, "threat": {"norm": "l1", "eps": 0.5}})
 
 
-def test_calibration_is_half_clean_and_half_attacked_within_the_threat(
-    validated: Files, splits: Splits, tmp_path: Path
-) -> None:
+def test_calibration_is_half_clean_and_half_attacked_within_the_threat(validated: Files, splits: Splits) -> None:
     net = fold(checkpoint.load(validated["arch.json"], validated["weights.safetensors"]).net)
-    task, config = Task.load(TASK), export.Config.load({**QUICK, "calibration": 40})
-    x = export._calibration(net, splits, task.threat, config, context(tmp_path))
+    task = Task.load(TASK)
+    x = calibration(net, splits, task.threat, 40, seed=11)
     images = splits.train.floats()
     apart = torch.stack([(images - one).abs().amax((1, 2, 3)).min() for one in x])
     assert x.shape == (40, 1, 8, 8)
@@ -279,16 +279,16 @@ def test_a_file_is_suspicious_exactly_where_the_one_sided_test_says_so(gained: i
     same = torch.tensor([True, False, True])
     floats = torch.cat([torch.zeros(gained, dtype=torch.bool), torch.ones(lost, dtype=torch.bool), same])
     alive = torch.cat([torch.ones(gained, dtype=torch.bool), torch.zeros(lost, dtype=torch.bool), same])
-    found = export._suspicious(alive, floats, "int8")
+    found = suspicious(alive, floats, "int8")
     assert bool(found) == (brute(gained, lost) < 0.01 and gained > 0)
     if found:
         assert f"withstood {gained} attacks that broke the float network and lost {lost}" in found[0]
         assert f"(p = {brute(gained, lost):.2g})" in found[0]
-    assert export._suspicious(floats, alive, "int8") == () or lost > gained  # the other side is no finding
+    assert suspicious(floats, alive, "int8") == () or lost > gained  # the other side is no finding
 
 
 def test_without_the_float_networks_survivors_nothing_is_suspected() -> None:
-    assert export._suspicious(torch.ones(50, dtype=torch.bool), None, "int8") == ()
+    assert suspicious(torch.ones(50, dtype=torch.bool), None, "int8") == ()
 
 
 def test_a_file_that_hides_its_gradients_is_a_finding_of_the_run(validated: Files, tmp_path: Path) -> None:
@@ -308,6 +308,6 @@ def test_rows_are_found_by_index_in_the_wanted_order() -> None:
     for size in (1, 2, 5, 40):
         indices = torch.randperm(100, generator=generator)[:size]
         wanted = indices[torch.randperm(size, generator=generator)[: max(1, size // 2)]]
-        rows = export._positions(indices, wanted)
+        rows = positions(indices, wanted)
         assert rows.tolist() == [indices.tolist().index(i) for i in wanted.tolist()]
         assert torch.equal(indices[rows], wanted)
