@@ -116,10 +116,20 @@ def test_predict_py_checks_digests_and_input(tmp_path: Path) -> None:
     np.save(tmp_path / "bad.npy", np.full((1, 1, 8, 8), 9.0))
     assert "within [0, 1]" in script(folder, tmp_path / "bad.npy").stderr
     assert "python predict.py IMAGES.npy" in script(folder).stderr
+    np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    (tmp_path / "short.npy").write_bytes((tmp_path / "bad.npy").read_bytes()[:200])
+    (tmp_path / "empty.npy").write_bytes(b"")
+    for name in ("objects.npy", "short.npy", "empty.npy", "nowhere.npy"):
+        done = script(folder, tmp_path / name)
+        assert done.returncode == 1
+        assert "no images were read" in done.stderr
+        assert "Traceback" not in done.stderr
     (folder / "probe.npz").write_bytes(b"other")
     done = script(folder, tmp_path / "bad.npy")
     assert done.returncode != 0
-    assert "probe.npz: bytes differ" in done.stderr
+    assert "probe.npz: missing, or bytes differ" in done.stderr
+    (folder / "probe.npz").unlink()
+    assert "probe.npz: missing, or bytes differ" in script(folder).stderr
 
 
 def script(folder: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
