@@ -7,6 +7,7 @@ from pipeline.report import words
 from pipeline.report.rows import AttemptView, Demand, View
 
 _TAG = re.compile("<(?=[A-Za-z/!?])")  # what could begin markup; "<=" reads better as it is
+KEPT = "it kept its limits; a bolder one that also passed was chosen"
 _SIGN = {True: "✓", False: "✗"}
 
 
@@ -38,8 +39,8 @@ def render(view: View) -> str:
                 p.label,
                 p.series,
                 words.quantity(p.x, plot.unit),
-                f"{p.y:.1%}",
-                f"{p.low:.1%} to {p.high:.1%}",
+                words.quantity(p.y, "fraction"),
+                words.share_between(p.low, p.high),
                 "" if p.counted else "set aside",
             )
             for p in plot.points
@@ -49,7 +50,10 @@ def render(view: View) -> str:
             _table(("attempt", "accuracy", plot.title, "value", "95 %", ""), points),
         ]
     if view.curve:
-        rows_of = ((p.attack, f"{p.eps:.4g}", f"{p.value:.1%}", f"{p.low:.1%} to {p.high:.1%}") for p in view.curve)
+        rows_of = (
+            (p.attack, f"{p.eps:.4g}", words.quantity(p.value, "fraction"), words.share_between(p.low, p.high))
+            for p in view.curve
+        )
         parts += ["## Accuracy against the size of the change", _table(("attack", "eps", "accuracy", "95 %"), rows_of)]
     if view.confused:
         parts += ["## What is taken for what", _list(view.confused)]
@@ -64,6 +68,11 @@ def render(view: View) -> str:
         "## Lineage",
         _table(("", ""), (*view.environment, *((f"digest of the {n}", f"`{d}`") for n, d in view.digests))),
     ]
+    if view.artifacts:
+        rows_of = ((stage, f"`{name}`", f"`{sha}`") for stage, name, sha in view.artifacts)
+        parts += ["### Digests of files", _table(("stage", "file", "SHA-256"), rows_of)]
+    for table in view.tables:
+        parts += [f"### {table.title}", _table(table.head, table.rows)]
     parts += [_safe(problem) for problem in view.problems]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -82,7 +91,9 @@ def _stages(view: View) -> Iterable[str]:
             rows = ((f"`{n.name}`", n.value, n.interval, n.samples) for n in counted.numbers)
             yield _table(("metric", "value", "95 %", "samples"), rows) if counted.numbers else ""
         aside = [attempt for attempt in stage.attempts if attempt is not counted]
-        yield _list(tuple(f"set aside: {a.overrides or 'as configured'}: {'; '.join(a.refusals)}" for a in aside))
+        yield _list(
+            tuple(f"set aside: {a.overrides or 'as configured'}: {'; '.join(a.refusals) or KEPT}" for a in aside)
+        )
 
 
 def _time(attempt: AttemptView) -> str:

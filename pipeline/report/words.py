@@ -34,10 +34,14 @@ def interval(m: Measurement) -> str:
     if m.low == m.high:
         return ""
     if m.unit == "fraction":
-        return f"{100 * m.low:.1f} to {100 * m.high:.1f} %"
+        return share_between(m.low, m.high)
     low, high = quantity(m.low, m.unit), quantity(m.high, m.unit)
     unit = f" {high.rpartition(' ')[2]}"
     return f"{low.removesuffix(unit)} to {high}"  # a unit that both share is said once
+
+
+def share_between(low: float, high: float) -> str:
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
 
 
 def brief(m: Measurement | None) -> str:

@@ -101,6 +101,19 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
         assert "https://" not in text
 
 
+def test_markdown_says_all_that_the_page_says_in_words(tmp_path: Path) -> None:
+    sample.figures(tmp_path)
+    shown = view(sample.passed(), tmp_path)
+    text = markdown.render(shown)
+    assert all(sha in text for _, _, sha in shown.artifacts)
+    assert [f"### {table.title}" in text for table in shown.tables] == [True] * len(shown.tables)
+    assert shown.tables
+    record = sample.passed()
+    kept = [s.model_copy(update={"verdict": Verdict()}) if not s.chosen else s for s in record.stages]
+    assert text.count(markdown.KEPT) == 0
+    assert markdown.render(view(record.model_copy(update={"stages": tuple(kept)}))).count(markdown.KEPT) == 2
+
+
 def test_every_picture_has_words(tmp_path: Path) -> None:
     page = Page(pages(tmp_path)["passed"])
     assert page.tags.count("img") == 18
