@@ -1,5 +1,6 @@
 """What attacks climb: cross-entropy, margin and DLR per example, in float32 whatever precision the network ran in."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 from stages.oracle import Logits
 
 Loss = Literal["ce", "margin", "dlr"]
+
+Goal = Callable[[Tensor, Tensor], Tensor]
+"""(logits [B, K], labels [B]) -> [B], to be climbed."""
 
 _DLR_CLASSES = 4
 _TINY = 1e-12
@@ -43,12 +47,27 @@ def dlr(z: Tensor, y: Tensor) -> Tensor:
     return margin(z, y) / (top[:, 0] - top[:, 2] + _TINY)
 
 
+def targeted_dlr(z: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), [B], for the wrong classes `target` int64 [B].
+
+    Positive where the target beats the true class. With fewer than four classes it is z_t - z_y: no fourth logit.
+
+    Source: Croce and Hein 2020, equation 7.
+    """
+    z = z.float()
+    gain = (z.gather(1, target.unsqueeze(1)) - z.gather(1, y.unsqueeze(1))).squeeze(1)
+    if z.shape[1] < _DLR_CLASSES:
+        return gain
+    top = z.topk(4, dim=1).values
+    return gain / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + _TINY)
+
+
 def per_example(loss: Loss, z: Tensor, y: Tensor) -> Tensor:
     """The named loss, [B] float32."""
     return {"ce": cross_entropy, "margin": margin, "dlr": dlr}[loss](z, y)
 
 
-def gradient(logits: Logits, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+def gradient(logits: Logits, x: Tensor, y: Tensor, loss: Loss | Goal) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [B, K], loss [B] and its gradient in x, detached. Differentiates in x alone; weights keep no gradient.
 
     Losses are summed, not averaged, so that an example's gradient does not depend on the batch it is in. Where no
@@ -59,7 +78,7 @@ def gradient(logits: Logits, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, 
         point = x.detach().requires_grad_(True)
         z = logits(point)
         with torch.autocast(x.device.type, enabled=False):
-            losses = per_example(loss, z, y)
+            losses = per_example(loss, z, y) if isinstance(loss, str) else loss(z, y)
         if not losses.requires_grad:
             return z.detach(), losses.detach(), torch.zeros_like(x)
         (slope,) = torch.autograd.grad(losses.sum(), point, allow_unused=True)

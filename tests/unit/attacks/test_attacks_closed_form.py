@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from stages.attacks.apgd import APGD, _Path
+from stages.attacks._ascent import Hill, Path
+from stages.attacks.apgd import APGD
 from stages.attacks.base import Attack
 from stages.attacks.fgsm import FGSM
 from stages.attacks.pgd import PGD
 from stages.attacks.square import Square
 from stages.evaluate import frozen
-from stages.method import InputError
 from stages.seeding import generator
 from stages.threat import Threat
 from tests.linear_nets import NORMS, Norm, drop, with_leads
@@ -26,6 +26,10 @@ EXACT: list[tuple[Attack, Norm]] = [
     (APGD(), "linf"),
     (APGD(loss="dlr"), "linf"),
     (APGD(), "l2"),
+    (APGD(), "l1"),
+    (APGD(loss="dlr", targets=9), "linf"),
+    (APGD(loss="dlr", targets=9), "l2"),
+    (APGD(loss="dlr", targets=9), "l1"),
     (Square(queries=1500), "linf"),
 ]
 
@@ -87,7 +91,8 @@ def test_more_restarts_never_break_fewer() -> None:
 def test_apgd_halves_a_step_by_either_rule_and_goes_back_to_the_best_point() -> None:
     """Four examples after a window of 10 steps, best loss 1 at the last checkpoint; the rules of algorithm 1."""
     ones = torch.ones(4)
-    path = _Path.begin(torch.arange(4), torch.zeros(4, 1), ones, torch.zeros(4, 1), 8.0)
+    hill = Hill(lambda x: x, torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64), "ce")
+    path = Path.begin(hill, torch.zeros(4, 1), ones, torch.zeros(4, 1), 8.0)
     path.point, path.best = torch.full((4, 1), 5.0), torch.full((4, 1), 7.0)
     path.rises = torch.tensor([8, 7, 8, 8])
     path.best_loss = torch.tensor([2.0, 2.0, 1.0, 1.0])
@@ -97,9 +102,3 @@ def test_apgd_halves_a_step_by_either_rule_and_goes_back_to_the_best_point() -> 
     assert path.point.flatten().tolist() == [5.0, 7.0, 7.0, 5.0]
     assert path.halved.tolist() == [False, True, True, False]
     assert path.rises.tolist() == [0, 0, 0, 0]
-
-
-def test_apgd_refuses_l1_in_clear_text() -> None:
-    net, x, y, threat = with_leads("l1", 1.0)
-    with pytest.raises(InputError, match='apgd: expected a threat in l2 or linf, got l1; for l1 there is "pgd"'):
-        APGD()(net, x, y, threat, generator(0))
