@@ -69,8 +69,8 @@ def render(view: View) -> str:
         _table(("", ""), (*view.environment, *((f"digest of the {n}", f"`{d}`") for n, d in view.digests))),
     ]
     if view.artifacts:
-        rows_of = ((stage, f"`{name}`", f"`{sha}`") for stage, name, sha in view.artifacts)
-        parts += ["### Digests of files", _table(("stage", "file", "SHA-256"), rows_of)]
+        digests = ((stage, f"`{name}`", f"`{sha}`") for stage, name, sha in view.artifacts)
+        parts += ["### Digests of files", _table(("stage", "file", "SHA-256"), digests)]
     for table in view.tables:
         parts += [f"### {table.title}", _table(table.head, table.rows)]
     parts += [_safe(problem) for problem in view.problems]
