@@ -3,7 +3,8 @@
 Float graphs agree with onnxruntime to rounding. Quantised graphs are computed exactly as their Q/DQ nodes say, with
 straight-through gradients; onnxruntime fuses them to integer kernels, whose requantisation may land on the other side
 of a rounding tie, so single codes can differ by one. Graphs in half precision are computed in single precision on the
-half-precision weights, rounding where the graph casts; gradients never are in half precision.
+half-precision weights, rounding where the graph casts; gradients never are in half precision. Depthwise convolutions
+that only a 1x1 convolution reads are computed with it as one dense convolution, where that is quicker to differentiate.
 """
 
 import difflib
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from stages.method import InputError
 from stages.nn._onnx_ops import OPERATORS, Operator, objection
+from stages.nn._onnx_separable import merge
 from stages.nn._onnx_tidy import fold_constants
 
 _OLDEST = 13
@@ -87,6 +89,7 @@ def imported(source: Path | bytes) -> Twin:
     _readable(model, where)
     fold_constants(model)
     _unobjectionable(model, where)
+    merge(model)
     return Twin(model).eval()
 
 

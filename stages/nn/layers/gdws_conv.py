@@ -14,9 +14,14 @@ compute the same function and differ in the graph that is exported:
 
 A gather over all channels in order is left out. A grouped convolution with a depth multiplier is never emitted: it
 leaves the depthwise kernels of the runtimes, which want one channel in and one out per group.
+
+Where a gradient is asked for, and G is not small, the layer computes the dense form from its atoms: depthwise
+convolutions have slow backward passes, and G intermediate images to keep. The parameters, and their gradients, are
+those of the atoms all the same. `stages/nn/_separable.py` has the rule.
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Literal, get_args
 
 import torch
@@ -24,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.method import InputError
+from stages.nn._separable import dense_is_quicker
 
 Form = Literal["gather", "sum", "concat"]
 
@@ -82,6 +88,26 @@ class GDWSConv(nn.Module):
             x, pads = F.pad(x, self._pads, mode=self.padding_mode), 0
         if not self._atoms:
             return self._constant(x, pads)
+        if (
+            self.dense_is_quicker
+            and torch.is_grad_enabled()
+            and any(t.requires_grad for t in (x, self.depthwise, self.pointwise))
+        ):
+            return F.conv2d(x, self._dense(self.depthwise.dtype), self.bias, self.stride, pads, self.dilation)
+        return self._separably(x, pads)
+
+    @property
+    def dense_is_quicker(self) -> bool:
+        """Under gradients; without any, the separable form is."""
+        return dense_is_quicker(self.in_channels, self.out_channels, self._atoms, prod(self.kernel_size))
+
+    def _dense(self, dtype: torch.dtype) -> Tensor:
+        """Q [M, C, K, K], Q_c = sum_k p_{c,k} vec(D_{c,k})^T, computed in `dtype`."""
+        atoms = self.pointwise.to(dtype) * self.depthwise.to(dtype).transpose(0, 1)
+        weight = atoms.new_zeros(self.out_channels, self.in_channels, *self.kernel_size)
+        return weight.index_add(1, self.channels, atoms)
+
+    def _separably(self, x: Tensor, pads: str | int | tuple[int, ...]) -> Tensor:
         branches, columns = [], []
         for k in range(len(self._branches)):
             kernels = _select(self.depthwise, 0, getattr(self, f"atoms{k}"))
@@ -154,9 +180,7 @@ def fit(old: nn.Module, kernels: Sequence[int], form: Form = "gather") -> GDWSCo
 def folded(layer: GDWSConv) -> nn.Conv2d:
     """The dense convolution of the same function; faster where gradients or bounds are wanted."""
     with torch.no_grad():
-        atoms = layer.pointwise.double() * layer.depthwise.double().transpose(0, 1)
-        weight = atoms.new_zeros(layer.out_channels, layer.in_channels, *layer.kernel_size)
-        weight.index_add_(1, layer.channels, atoms)
+        weight = layer._dense(torch.float64)
         # Built without storage, because initialising weights would move torch's global generator.
         dense = nn.Conv2d(
             layer.in_channels,

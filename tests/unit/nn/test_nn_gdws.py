@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stages import seeding
 from stages.method import InputError
@@ -31,12 +32,20 @@ def _x(channels: int) -> Tensor:
     return torch.rand(2, channels, 11, 12, generator=seeding.generator(0, "x"))
 
 
+def _outputs(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """With the separable form, which answers without gradients, and with the one that answers where there are some."""
+    with torch.no_grad():
+        separable = layer(x)
+    return separable, layer(x)
+
+
 @pytest.mark.parametrize(("c", "m", "k", "options"), _LAYERS)
 @pytest.mark.parametrize("form", _FORMS)
 def test_full_rank_is_the_dense_layer(c: int, m: int, k: object, options: dict[str, object], form: Form) -> None:
     conv = _conv(c, m, k, options)
     full = fit(conv, [min(m, conv.weight[0, 0].numel())] * c, form)
-    torch.testing.assert_close(full(_x(c)), conv(_x(c)), rtol=1e-5, atol=1e-6)
+    for y in _outputs(full, _x(c)):
+        torch.testing.assert_close(y, conv(_x(c)), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(folded(full).weight, conv.weight, rtol=1e-5, atol=1e-6)
 
 
@@ -48,7 +57,29 @@ def test_the_three_forms_and_the_folded_one_agree(c: int, m: int, k: object, opt
         layers = [fit(conv, kernels, form) for form in _FORMS]
         expected = folded(layers[0])(_x(c))
         for layer in layers:
-            torch.testing.assert_close(layer(_x(c)), expected, rtol=1e-5, atol=1e-6)
+            for y in _outputs(layer, _x(c)):
+                torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("c", "m", "k", "options"), _LAYERS)
+@pytest.mark.parametrize("form", _FORMS)
+def test_gradients_are_those_of_the_atoms(c: int, m: int, k: object, options: dict[str, object], form: Form) -> None:
+    conv = _conv(c, m, k, options).double()
+    layer = fit(conv, [i % 3 for i in range(c)], form)
+    inputs = [_x(c).double().requires_grad_(), *layer.parameters()]
+    found = torch.autograd.grad(layer(inputs[0]).square().sum(), inputs)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(inputs[0], conv._reversed_padding_repeated_twice, mode)
+    # The definition, atom by atom.
+    y = sum(
+        p.view(1, -1, 1, 1) * F.conv2d(x[:, i : i + 1], d.unsqueeze(0), None, conv.stride, 0, conv.dilation)
+        for i, d, p in zip(layer.channels.tolist(), layer.depthwise, layer.pointwise[:, :, 0, 0].T, strict=True)
+    )
+    assert isinstance(y, Tensor)
+    y = y if layer.bias is None else y + layer.bias.view(1, -1, 1, 1)
+    torch.testing.assert_close(layer(inputs[0]), y, rtol=1e-9, atol=1e-9)
+    expected = torch.autograd.grad(y.square().sum(), inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_error_is_the_sum_of_the_dropped_squared_singular_values() -> None:
