@@ -15,11 +15,12 @@ from stages.attacks.base import Attack
 from stages.bounds.base import Certifier
 from stages.data.base import Split
 from stages.evaluate import confusion, correct, outputs
+from stages.finding import Finding, Point
 from stages.nn import _atomic
 from stages.oracle import Spent
 from stages.pictures import difference, png
 from stages.threat import Threat
-from stages.validity import PROBE, Finding, Point
+from stages.validity import PROBE
 
 
 @dataclass(frozen=True, slots=True)

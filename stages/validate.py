@@ -20,6 +20,7 @@ from stages.bounds.base import AnyCertifier, Certifier
 from stages.data._cut import subset
 from stages.data.base import Split
 from stages.evaluate import OnStep, frozen, under_attack
+from stages.finding import Finding, Point
 from stages.measure import accuracy
 from stages.method import InputError, Value
 from stages.nn import _atomic, checkpoint
@@ -28,7 +29,6 @@ from stages.oracle import Oracle, Spent
 from stages.scene import Proved, Scene, Struck, write
 from stages.seeding import derive, generator
 from stages.task import Task
-from stages.validity import Finding, Point
 
 LIBRARIES = ("torch", "numpy", "safetensors", "pydantic", "pillow")
 

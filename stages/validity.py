@@ -3,13 +3,12 @@
 A network can hide from gradients without being robust: its parts are flat, saturated, random or rounded. Such
 networks betray themselves, because more budget does not help the attacker, or because asking for outputs alone breaks
 more than following gradients (Carlini et al. 2019, "On evaluating adversarial robustness", section 5; the five warning
-flags of the ensemble of Croce and Hein 2020, from memory). Robust accuracies here come from one plain attack on few
+flags of the ensemble of Croce and Hein 2020, from memory: outputs that vary, probabilities, zero gradients, a black
+box that beats gradients, optimisation at inference). Robust accuracies here come from one plain attack on few
 examples: they judge the evidence, they are not it.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,8 +20,10 @@ from stages.attacks.pgd import PGD
 from stages.attacks.square import Square
 from stages.attacks.worst_of import WorstOf
 from stages.evaluate import OnStep, outputs, under_attack
+from stages.finding import Finding, Point, binomial_tail
 from stages.oracle import Logits
 from stages.seeding import derive
+from stages.smoothness import gradients_explain, no_inner_optimiser, rises_along_gradient
 from stages.threat import Threat
 
 PROBE = PGD(steps=20, loss="margin")
@@ -34,39 +35,10 @@ _STRONG = WorstOf(attacks=(PGD(steps=20), PGD(steps=20, loss="margin")))
 _WALK = WorstOf(attacks=(PGD(steps=20, start="zero"), PGD(steps=20, loss="margin", start="zero")))
 _BLACK = Square(queries=200)
 _STEPS = (5, 20, 60)
+_RESTARTS = (1, 3)
 _LEVEL = 0.05
 _FLAT_SHARE = 0.05
 _SAME = 1e-4
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One check: its name, whether it holds, and a sentence with the numbers."""
-
-    name: str
-    ok: bool
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """Robust accuracy of `total` examples at one radius or number of steps."""
-
-    at: float
-    hits: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        return self.hits / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval, as `pipeline.core.measurement.wilson`."""
-        z2, n, share = 1.959963984540054**2, self.total, self.value
-        centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-        half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-        return min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
 
 
 def curve(
@@ -112,9 +84,13 @@ def checks(
         lambda: batch_free(logits, x),
         lambda: not_probabilities(logits, x),
         lambda: gradients_present(logits, x, y),
+        lambda: no_inner_optimiser(logits, x),
+        lambda: gradients_explain(logits, x, y, threat),
+        lambda: rises_along_gradient(logits, x, y, threat, seed),
         lambda: eps_zero(logits, x, y, threat, seed),
         lambda: falls_with_eps(points),
         lambda: falls_with_steps(step_curve(logits, x, y, threat, seed)),
+        lambda: falls_with_restarts(restart_curve(logits, x, y, threat, seed)),
         lambda: falls_to_chance(logits, x, y, seed),
         lambda: _compare(logits, x, y, threat, seed, pair),
     )
@@ -191,6 +167,19 @@ def falls_with_steps(points: Sequence[Point]) -> Finding:
     return _falling("falls_with_steps", "steps", points)
 
 
+def restart_curve(logits: Logits, x: Tensor, y: Tensor, threat: Threat, seed: int) -> tuple[Point, ...]:
+    """Accuracy under `PROBE` with ever more random starts, none of them shared."""
+    ladder = {count: PROBE.model_copy(update={"restarts": count}) for count in _RESTARTS}
+    return tuple(
+        _point(count, logits, attack, x, y, threat, derive(seed, "restarts", count)) for count, attack in ladder.items()
+    )
+
+
+def falls_with_restarts(points: Sequence[Point]) -> Finding:
+    """More starts must not break fewer beyond the interval."""
+    return _falling("falls_with_restarts", "restarts", points)
+
+
 def falls_to_chance(logits: Logits, x: Tensor, y: Tensor, seed: int) -> Finding:
     """At linf eps 1 every image is within reach of every other, so only a constant answer can survive.
 
@@ -221,12 +210,6 @@ def black_box(white: Tensor, black: Tensor, name: str = "the black-box attack") 
     if p < _LEVEL:
         text += '; gradients are masked, or the gradient attacks are weak: try pgd with loss = "margin" and more steps'
     return Finding("black_box", p >= _LEVEL, text)
-
-
-def binomial_tail(hits: int, total: int) -> float:
-    """P(X >= hits) for X the heads of `total` fair coins; 1 for no coins."""
-    favourable: int = sum(math.comb(total, k) for k in range(hits, total + 1))
-    return float(favourable / 2**total)
 
 
 def _compare(

@@ -108,7 +108,7 @@ def test_the_numbers_are_ordered_as_they_must_be(honest: tuple[Path, Result, Wat
 def test_an_honest_network_has_no_findings(honest: tuple[Path, Result, Watch]) -> None:
     _, result, watch = honest
     assert result.findings == ()
-    assert sum(note.startswith("ok: ") for note in watch.notes) == 11
+    assert sum(note.startswith("ok: ") for note in watch.notes) == 15
     assert all("(quick)" in label for label in watch.labels)
 
 

@@ -13,10 +13,10 @@ from stages.attacks.apgd import APGD
 from stages.attacks.pgd import PGD
 from stages.attacks.square import Square
 from stages.evaluate import correct, frozen, under_attack
+from stages.finding import Finding, Point, binomial_tail
 from stages.oracle import Logits
 from stages.seeding import generator
 from stages.threat import Threat
-from stages.validity import Finding, Point
 from tests.trained import digits, digits_model
 
 PLANTED = Path(stages.__file__).resolve().parents[1] / "tests" / "planted"
@@ -55,7 +55,9 @@ def test_a_network_that_rounds_its_input_is_called_out(monkeypatch: pytest.Monke
     with frozen(net):
         assert float(correct(net, *examples()).float().mean()) > 0.85
         found = survey(net)
-    assert {"gradients_present", "falls_to_chance", "black_box"} <= failed(found)
+    assert {"gradients_present", "gradients_explain", "falls_to_chance", "black_box"} <= failed(found)
+    assert "gradients tell 0% of the change" in found["gradients_explain"].text
+    assert "(0 (Round) tells 0%); a part that is not smooth must offer" in found["gradients_explain"].text
     assert "100 of 100 images have a loss gradient of exactly zero" in found["gradients_present"].text
 
 
@@ -87,6 +89,14 @@ def test_a_dead_band_inside_the_network_is_called_out_and_the_same_network_witho
 
             return logits
 
+        class Banded(torch.nn.Module):
+            def forward(self, h: Tensor) -> Tensor:
+                return torch.where((h - mean).abs() < 0.25 * spread, mean.expand_as(h), h)
+
+        # A quarter of a deviation hides too little for the attacks to disagree, and is found all the same.
+        found = survey(torch.nn.Sequential(net[:2], Banded(), net[2:]))
+        assert failed(found) == {"gradients_explain"}
+        assert "(1 (Banded) tells " in found["gradients_explain"].text
         verdicts = []
         for width in (0.0, 1.0):
             assert float(correct(banded(width), x, y).float().mean()) > 0.85
@@ -156,7 +166,7 @@ def test_the_black_box_test_is_exact_mcnemar() -> None:
     ("hits", "total", "p"), [(0, 0, 1.0), (0, 9, 1.0), (5, 5, 1 / 32), (2, 3, 0.5), (9, 10, 11 / 1024)]
 )
 def test_the_tail_of_fair_coins(hits: int, total: int, p: float) -> None:
-    assert validity.binomial_tail(hits, total) == p
+    assert binomial_tail(hits, total) == p
 
 
 def test_the_interval_is_wilsons() -> None:

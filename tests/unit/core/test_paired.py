@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.paired import mcnemar
-from stages.validity import binomial_tail  # type: ignore[attr-defined, unused-ignore]
+from stages.finding import binomial_tail  # type: ignore[attr-defined, unused-ignore]
 
 _COUNTS = st.integers(min_value=0, max_value=400)
 
