@@ -21,6 +21,7 @@ from pipeline.core.target import Target
 from pipeline.engine import fingerprint, pages, sections, shape
 from pipeline.engine.disk import write_atomic
 from pipeline.engine.step import Plan, Step
+from pipeline.engine.unlike import unlike
 
 _LIBRARIES = (
     "torch",
@@ -153,9 +154,9 @@ def _unmeasured(
     planned: Sequence[sections.Section],
     draft: Draft,
 ) -> list[str]:
-    """Limits on a metric that no run with these configs would measure."""
+    """Limits on a metric that no run with these configs would measure, or not so that numbers compare."""
     findings: list[str] = []
-    before: set[str] = set()
+    before: dict[str, sections.Section] = {}
     for section in planned:
         for kind, limits in (("budget", budget[section.name]), ("regression", regression.get(section.name, ()))):
             for limit in limits:
@@ -170,7 +171,10 @@ def _unmeasured(
                     findings.append(f'{at}: {section.name} does not measure "{limit.metric}" with this config{hint}')
                 elif kind == "budget" and limit.max_loss is not None and limit.metric not in before:
                     findings.append(f"{at}: max_loss on {limit.metric}: no earlier stage measures it to compare with")
-        before |= section.measures
+                elif kind == "budget" and limit.max_loss is not None:
+                    why = unlike(limit.metric, before[limit.metric], section)
+                    findings += [f"{at}: max_loss on {limit.metric}: {why}"] if why else []
+        before |= dict.fromkeys(section.measures, section)
     return findings
 
 

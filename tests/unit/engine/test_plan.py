@@ -221,6 +221,32 @@ def test_a_loss_may_be_limited_where_an_earlier_stage_measured_it(planned: Plann
 
 
 @pytest.mark.parametrize(
+    ("metric", "settings", "key"),
+    [
+        ("accuracy.robust.holdout", "holdout_samples = 200", "holdout_samples"),
+        ("accuracy.clean.holdout", "holdout_samples = 200", "holdout_samples"),
+        ("accuracy.robust.holdout", 'holdout_attack = "fgsm"', "holdout_attack"),
+        ("accuracy.robust.holdout", "attempts = [{ tune_epochs = 1 }, { holdout_samples = 200 }]", "holdout_samples"),
+        ("accuracy.clean.holdout", 'holdout_attack = "fgsm"', None),
+        ("cost.macs", "holdout_samples = 200", None),
+    ],
+)
+def test_a_loss_is_limited_only_between_stages_that_measure_alike(
+    planned: Planned, metric: str, settings: str, key: str | None
+) -> None:
+    text = f'{TASK}[[budget.compress]]\nmetric = "{metric}"\nmax_loss = 0.02\n[stages.compress]\n{settings}\n'
+    if key is None:
+        assert step(planned(text), "compress").budget[0].max_loss == 0.02
+        return
+    assert refused(planned, text) == [
+        f"spec.toml:4: budget.compress: max_loss on {metric}: compress.{key} and train.{key} differ; set them alike"
+    ]
+    if not settings.startswith("attempts"):
+        alike = f"{text}[stages.train]\n{settings}\n"
+        assert step(planned(alike), "compress").budget[0].max_loss == 0.02
+
+
+@pytest.mark.parametrize(
     "value",
     [
         "3",
