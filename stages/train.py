@@ -14,6 +14,7 @@ from pipeline.core.measurement import exact
 from pipeline.core.stage import Context, Files, Result
 from stages.attacks.base import AnyAttack
 from stages.attacks.pgd import PGD
+from stages.data._cut import cut
 from stages.data.base import Split
 from stages.evaluate import correct, frozen, under_attack
 from stages.fitting.loop import Row
@@ -27,8 +28,8 @@ from stages.recipes.at import AdversarialTraining
 from stages.recipes.base import FOLDER, AnyRecipe, Recipe
 from stages.recipes.fixed import Fixed
 from stages.section import Section
-from stages.seeding import derive
-from stages.task import Splits, Task
+from stages.seeding import derive, generator
+from stages.task import Task
 from stages.threat import Threat
 from stages.tuning import fallen, initial, sample, tune
 
@@ -40,7 +41,8 @@ class Config(Section):
 
     `holdout_attack` measures robust accuracy on `holdout_samples` held-out images (None: on all). `keep = "best"` asks
     the same attack every `keep_epochs` epochs and keeps the best weights instead of the last, against robust
-    overfitting; the hold-out number is then the best of several, so a little flattering. The test split is not read.
+    overfitting. It asks on `keep_share` of the training images, which are then not trained on (stratified, groups
+    together): the hold-out, on which the result is reported, chooses nothing here. The test split is not read.
     """
 
     METHOD = ("recipe", FOLDER, Recipe)
@@ -52,6 +54,7 @@ class Config(Section):
     holdout_samples: int | None = Field(default=1000, ge=1)
     keep: Literal["last", "best"] = "last"
     keep_epochs: int = Field(default=1, ge=1)
+    keep_share: float = Field(default=0.1, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _given(self) -> Self:
@@ -81,7 +84,7 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
     if isinstance(config.recipe, Fixed):
         model = _given(config.recipe, files["arch.json"], ctx.data_root)
     else:
-        model = _trained(_arch(files["arch.json"]), splits, holdout, task.threat, config, ctx, rows)
+        model = _trained(_arch(files["arch.json"]), splits.train, task.threat, config, ctx, rows)
     out = ctx.scratch / "out"
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.save(model, out)
@@ -112,10 +115,9 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
     )
 
 
-def _trained(
-    arch: Arch, splits: Splits, holdout: Split, threat: Threat, config: Config, ctx: Context, rows: list[Row]
-) -> Model:
-    x, y = holdout.images.to(ctx.device), holdout.labels.to(ctx.device)
+def _trained(arch: Arch, split: Split, threat: Threat, config: Config, ctx: Context, rows: list[Row]) -> Model:
+    trained, judge = divided(split, config, ctx.seed) if config.keep == "best" else (split, split)
+    x, y = judge.images.to(ctx.device), judge.labels.to(ctx.device)
 
     def score(net: nn.Module) -> float:
         with frozen(net):
@@ -126,7 +128,7 @@ def _trained(
         initial(arch, ctx.seed).to(ctx.device),
         config.recipe,
         config.fit,
-        splits.train,
+        trained,
         threat,
         ctx.seed,
         ctx.scratch / "fit",
@@ -139,6 +141,14 @@ def _trained(
     if warning is not None:
         ctx.emit("note", {"text": warning})
     return Model(arch, net)
+
+
+def divided(split: Split, config: Config, seed: int) -> tuple[Split, Split]:
+    """What is trained on, and the images (at most `holdout_samples`) that choose the best weights; disjoint."""
+    stays, held = cut(split.labels, split.groups, config.keep_share, generator(seed, "keep"))
+    if len(held) == 0:
+        raise InputError('train.keep: "best" needs a class with two training images (or groups) to divide; use "last"')
+    return split.select(stays), sample(split.select(held), config.holdout_samples)
 
 
 def _stuck(hits: Tensor, y: Tensor) -> str | None:

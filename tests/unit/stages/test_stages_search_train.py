@@ -12,9 +12,11 @@ from pydantic import ValidationError
 
 from pipeline.core.stage import Context, Result
 from stages import search, train
+from stages.evaluate import under_attack
 from stages.method import InputError
 from stages.nn import checkpoint
 from stages.recipes.trades import Trades
+from stages.task import Task
 
 TASK = {"data": "digits", "threat": {"norm": "linf", "eps": 0.1}, "train_samples": 300}
 CNN = {"arch": {"builder": "small_cnn", "width": 8, "hidden": 16}}
@@ -150,6 +152,28 @@ def test_an_interrupted_training_ends_in_the_same_files(tmp_path: Path, arch: Pa
     assert again.outcomes == whole.outcomes
     first = next(data["done"] for kind, data in events if data.get("label") == "train")
     assert first == {2: 1, 5: 4, 7: 6}[stop]  # 6 is all of it: only the measuring was cut off
+
+
+def test_the_best_weights_are_chosen_on_images_that_neither_train_nor_are_reported_on(
+    tmp_path: Path, arch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train.Config.load({**FAST, "keep": "best", "keep_share": 0.2})
+    splits = Task.load(TASK).open(tmp_path)
+    trained, judge = train.divided(splits.train, config, seed=0)
+    parts = [set(part.indices.tolist()) for part in (trained, judge, splits.holdout)]
+    assert len(set.union(*parts)) == sum(map(len, parts))
+    assert set(judge.labels.tolist()) == set(range(10))
+    assert len(judge) == pytest.approx(0.2 * len(splits.train), abs=10)
+    attacked: list[int] = []
+
+    def spy(net: Any, strike: Any, x: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        attacked.append(len(x))
+        return under_attack(net, strike, x, *rest, **named)
+
+    monkeypatch.setattr("stages.train.under_attack", spy)
+    result = train.run({"arch.json": arch}, config, _context(tmp_path / "run"))
+    rows = json.loads(result.files["training.json"].read_text())
+    assert attacked == [len(judge)] * len(rows) + [result.outcomes["accuracy.robust.holdout"].count]
 
 
 def test_given_weights_are_kept_as_they_are(tmp_path: Path, arch: Path) -> None:
