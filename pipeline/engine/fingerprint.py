@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from pipeline.core.canonical import digest, file_digest
+from pipeline.core.canonical import canonical, digest, file_digest
 from pipeline.engine.disk import write_atomic
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -105,7 +105,8 @@ def data_digest(files: Sequence[Path], root: Path, memo: Path) -> str:
         name = path.relative_to(root if path.is_relative_to(root) else elsewhere)
         rows.append([name.as_posix(), sha])
     if any(known.get(path) != entry for path, entry in fresh.items()):
-        write_atomic(memo, json.dumps({**known, **fresh}, sort_keys=True).encode())
+        files = {**known, **fresh}
+        write_atomic(memo, canonical({"files": files, "digest": digest(files)}))
     return digest(["data", *sorted(rows)])
 
 
@@ -135,9 +136,10 @@ def _common(files: Sequence[Path]) -> Path:
 def _read_memo(memo: Path) -> Mapping[str, list[object]]:
     try:
         data = json.loads(memo.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        files: dict[str, list[object]] = data["files"]
+        return files if data["digest"] == digest(files) else {}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _is_ours(module: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.core.canonical import derive_seed, digest
+from pipeline.core.canonical import canonical, derive_seed, digest
 from pipeline.core.errors import SpecError, nearest
 from pipeline.core.gate import Budget, Limit, beyond
 from pipeline.core.spec import Draft, Spec
@@ -70,7 +70,8 @@ def _code() -> tuple[object, ...]:
 def _remembered(memo: Path) -> Plan | None:
     try:
         stored = json.loads(memo.read_text(encoding="utf-8"))
-        if fingerprint.marks(stored["files"]) != stored["files"]:
+        body = {key: stored[key] for key in ("files", "plan")}
+        if stored["digest"] != digest(body) or fingerprint.marks(stored["files"]) != stored["files"]:
             return None
         return Plan.load(stored["plan"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -79,7 +80,8 @@ def _remembered(memo: Path) -> Plan | None:
 
 def _remember(memo: Path, plan_: Plan, files: Sequence[Path]) -> None:
     marks = fingerprint.marks(fingerprint.with_folders(files))
-    write_atomic(memo, json.dumps({"files": marks, "plan": plan_.dump()}).encode())
+    body = {"files": marks, "plan": plan_.dump()}
+    write_atomic(memo, canonical({**body, "digest": digest(body)}))
 
 
 def _fresh(draft: Draft, page: Target, runs: Path, data_root: Path, memo: Path, found: Sequence[str]) -> Plan:

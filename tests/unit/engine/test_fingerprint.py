@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.canonical import file_digest
+from pipeline.core.canonical import digest, file_digest
 from pipeline.core.spec import read
 from pipeline.core.stage import ORDER
 from pipeline.engine import fingerprint, pages
@@ -235,10 +235,10 @@ def test_the_memo_saves_reading_and_is_never_trusted_beyond_size_and_time(tmp_pa
     root, memo = tmp_path / "data", tmp_path / "memo.json"
     path = classes(root)[0]
     first = digested(root, memo)
-    stored = json.loads(memo.read_bytes())
+    stored = json.loads(memo.read_bytes())["files"]
     assert stored[str(path)][2] == file_digest(path)
     stored[str(path)][2] = "0" * 64
-    memo.write_text(json.dumps(stored))
+    memo.write_text(json.dumps({"files": stored, "digest": digest(stored)}))
     assert digested(root, memo) != first  # a size and a time that it knows: it is believed
     os.utime(path, (1, 1))
     assert digested(root, memo) == first  # another time: read again

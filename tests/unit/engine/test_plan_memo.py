@@ -73,3 +73,26 @@ def test_a_torn_memo_is_no_memo(tmp_path: Path) -> None:
         memo.write_text(text)
         assert again() == made
     assert json.loads(memo.read_text())["plan"] == made.dump()  # and was written anew
+
+
+def test_a_flipped_byte_in_what_is_remembered_changes_no_plan(tmp_path: Path) -> None:
+    limit = '[[budget.train]]\nmetric = "accuracy.robust.holdout"\nat_least = 0.5\n'
+    (tmp_path / "spec.toml").write_text(TASK + limit)
+    store = tmp_path / "runs" / "store"
+
+    def again() -> Plan:
+        return plan(read(tmp_path / "spec.toml"), None, tmp_path / "runs", tmp_path / "data")
+
+    made = again()
+    (memo,) = (store / "plans").iterdir()
+    whole, known = memo.read_bytes(), (store / "data.json").read_bytes()
+    bound = whole.index(b'"at_least":0.5') + len(b'"at_least":0.')
+    for at in (bound, *range(11, len(whole), len(whole) // 12)):
+        memo.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert again() == made
+        assert memo.read_bytes() == whole
+    for at in range(5, len(known), len(known) // 12):
+        memo.unlink()
+        (store / "data.json").write_bytes(known[:at] + bytes([known[at] ^ 1]) + known[at + 1 :])
+        assert again() == made
+        assert (store / "data.json").read_bytes() == known
