@@ -25,7 +25,11 @@ def _verify(store: Store, dry_run: bool) -> int:
     """Raises `Tampered` naming every damaged entry."""
     bad = store.verify(repair=not dry_run)
     if bad:
-        then = "nothing was changed" if dry_run else "set aside; the next build makes them again"
+        then = (
+            "nothing was changed; without --dry-run they are set aside"
+            if dry_run
+            else "set aside; the next build makes them again"
+        )
         raise Tampered("\n".join([f"{store.root}: {len(bad)} damaged", *(f"  {line}" for line in bad), then]))
     blobs = sum(1 for _ in store.root.glob("blobs/*/*"))
     print(f"{store.root}: {blobs} stored files, every byte as recorded")

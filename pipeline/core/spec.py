@@ -71,6 +71,11 @@ class Draft:
                 return f"{place}: {'.'.join(named)}"
         return ".".join(named)
 
+    def written_together(self, one: At, other: At) -> bool:
+        """Whether both keys were written, in the same file."""
+        first, second = (self.places.get(at, "").rpartition(":")[0] for at in (one, other))
+        return bool(first) and first == second and not first.startswith("--set")
+
 
 def presets() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in PRESETS.glob("*.toml")))
@@ -103,9 +108,34 @@ def read(path: Path | None = None, preset: str | None = None, settings: Sequence
     data: dict[str, Any] = {}
     places = {}
     for table, table_places in layers:
+        _drop_overruled(data, table)
         merge_into(data, table)
         places = {at: place for at, place in places.items() if _stands(at, table)} | table_places
     return Draft(data, places)
+
+
+def _drop_overruled(base: dict[str, Any], over: Mapping[str, Any]) -> None:
+    """A layer that sets a knob which the attempts of a lower one turn, and names none itself, takes them away.
+
+    What was said last is not overruled by what it was said over: `--set compress.ratio=0.3` means one attempt, at 0.3.
+    """
+    below, above = base.get("stages"), over.get("stages")
+    if not isinstance(below, dict) or not isinstance(above, Mapping):
+        return
+    for name, own in above.items():
+        lower = below.get(name)
+        if not isinstance(own, Mapping) or not isinstance(lower, dict) or "attempts" in own:
+            continue
+        if not turned(lower.get("attempts")).isdisjoint(own):
+            del lower["attempts"]
+
+
+def turned(attempts: object) -> set[str]:
+    """The keys that a list of attempts, or a bisection, sets; none where it is neither."""
+    if isinstance(attempts, Mapping):
+        return {str(attempts.get("bisect"))}
+    rows = attempts if isinstance(attempts, list) else []
+    return {key for row in rows if isinstance(row, Mapping) for key in row}
 
 
 _NAMING = ("kind", "builder")

@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from pipeline.core.errors import BadInput, SpecError, nearest
-from pipeline.core.spec import merge_into
+from pipeline.core.spec import merge_into, turned
 from pipeline.core.target import Target
 from pipeline.engine.fingerprint import REPOSITORY
 
@@ -44,8 +44,7 @@ def under(sections: Mapping[str, Any], name: str, own: Mapping[str, Any]) -> dic
     """
     merged: dict[str, Any] = {}
     merge_into(merged, sections.get(name, {}))
-    attempts = merged.get("attempts")
-    if isinstance(attempts, list) and any(key in own for overrides in attempts for key in overrides):
+    if not turned(merged.get("attempts")).isdisjoint(own):
         del merged["attempts"]
     merge_into(merged, own)
     return merged

@@ -75,6 +75,11 @@ def plan_section(
         "stages.task",
         *(m for f in getattr(module, "READS", ()) for m in fingerprint.folder_modules(f)),
     ]
+    findings += [
+        f"{draft.where((*at, key))}: every attempt sets it too, so this is never used; drop one"
+        for key in _unused(base, overrides)
+        if draft.written_together((*at, key), (*at, "attempts"))
+    ]
     attempts, measures = [], frozenset[str]()
     for number, over in enumerate(overrides):
         where = (*at, "attempts") if over else at
@@ -206,6 +211,11 @@ def method_modules(value: object) -> list[str]:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [m for item in value for m in method_modules(item)]
     return []
+
+
+def _unused(base: Mapping[str, Any], overrides: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys of a section that each of its attempts replaces."""
+    return [key for key in base if overrides and all(key in over for over in overrides)]
 
 
 def _turned(boldest: Mapping[str, Any], gentlest: Mapping[str, Any]) -> tuple[str, ...]:

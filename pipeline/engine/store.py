@@ -8,6 +8,7 @@ outcomes/<key>.json   what a stage gave           damaged/         set aside: by
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -235,12 +236,13 @@ class Store:
             self._tell(f"{why}; set aside, and what needs it is made again")
 
     def _users(self, found: str) -> str:
+        """By the text of the outcomes alone: `find` would not count one whose other blobs were set aside before."""
         stages = set()
         for path in self.root.glob("outcomes/*.json"):
             text = path.read_text(errors="replace")
             if found in text:
-                outcome = self.find(path.stem)
-                stages.add(outcome.artifact.stage if outcome else "a damaged outcome")
+                named = re.search(r'"stage":"(\w+)"', text)
+                stages.add(named[1] if named else "a damaged outcome")
         return ", ".join(sorted(stages)) or "nothing"
 
     @contextmanager

@@ -84,6 +84,10 @@ def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
             BASE + '[[regression.validate]]\nmetric = "accuracy.robust.test"\nmax_loss = 2\n',
             "spec.toml:4: regression.validate.max_loss: expected 0 to 1, since accuracy.robust.test is a share, got 2",
         ),
+        (
+            BASE + "[stages.compress]\nratio = 0.3\nattempts = [{ ratio = 0.5 }, { ratio = 0.2 }]\n",
+            "spec.toml:3: stages.compress.ratio: every attempt sets it too, so this is never used; drop one",
+        ),
         (BASE + '[stages.train]\nepochs = "ten"\n', 'stages.train.epochs: expected a whole number, got "ten"'),
         (BASE + '[stages.train]\nepochs = "3"\n', 'stages.train.epochs: expected a whole number, got "3"'),
         (BASE + "[stages.train]\nepochs = true\n", "stages.train.epochs: expected a whole number, got true"),

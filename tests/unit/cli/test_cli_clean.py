@@ -113,6 +113,25 @@ def test_verify_names_a_flipped_byte_in_any_blob_with_2_and_the_next_build_mends
     assert clean(tmp_path, "--verify") == 0
 
 
+def test_verify_names_the_users_of_blobs_of_one_outcome_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built(plan(), tmp_path)
+    spoilt = 0
+    for path in (tmp_path / "store" / "blobs").glob("*/*"):
+        path.chmod(0o644)
+        path.write_bytes(path.read_bytes() + b"x")
+        spoilt += 1
+    assert clean(tmp_path, "--verify", "--dry-run") == 2
+    asked = capsys.readouterr().err
+    assert "nothing was changed; without --dry-run they are set aside" in asked
+    assert clean(tmp_path, "--verify") == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[:-1] == asked.splitlines()[:-1]
+    assert "a damaged outcome" not in said
+    assert said.count("(used by ") == spoilt > 1
+
+
 def test_it_refuses_while_a_build_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written_plan(plan(step("train", {"pause": 0.2, "steps": 1000})), tmp_path)
     runs = tmp_path / "runs"

@@ -89,3 +89,17 @@ def test_setting_values_are_toml_or_text() -> None:
     assert data["stages"]["train"]["b"] == "8/255"
     assert data["stages"]["train"]["c"] is True
     assert data["name"] == "x-1"
+
+
+def test_a_knob_that_a_later_layer_sets_is_not_turned_by_the_attempts_of_an_earlier_one(tmp_path: Path) -> None:
+    assert [a["ratio"] for a in read(None, "digits").data["stages"]["compress"]["attempts"]] == [0.5, 0.25]
+    alone = read(None, "digits", ["compress.ratio=0.3"]).data["stages"]["compress"]
+    assert (alone["ratio"], "attempts" in alone) == (0.3, False)
+    other = read(None, "digits", ["compress.tune_epochs=3"]).data["stages"]["compress"]
+    assert (other["tune_epochs"], len(other["attempts"])) == (3, 2)
+    (tmp_path / "spec.toml").write_text(
+        'preset = "digits"\n[stages.compress]\nattempts = { bisect = "ratio", from = 0.9, to = 0.1 }\n'
+    )
+    assert "attempts" in read(tmp_path / "spec.toml").data["stages"]["compress"]
+    last = read(tmp_path / "spec.toml", None, ["compress.ratio=0.3"]).data["stages"]["compress"]
+    assert "attempts" not in last
