@@ -1,19 +1,21 @@
 """Square: exact number of outputs, any callable, the schedule, and proposals on the surface."""
 
 from pathlib import Path
+from typing import Literal
 
 import onnxruntime
 import pytest
 import torch
 from torch import Tensor
 
-from stages.attacks.square import Square, _bumps, _move, _patch, _side, _stripes
+from stages.attacks._bumps import move, tiles
+from stages.attacks.square import Square, _draw, _side, _stripes
 from stages.method import InputError
 from stages.nn.to_onnx import export
 from stages.seeding import generator
 from stages.threat import Threat
 
-LINF, L2 = Threat(norm="linf", eps=0.1), Threat(norm="l2", eps=0.5)
+LINF, L2, L1 = Threat(norm="linf", eps=0.1), Threat(norm="l2", eps=0.5), Threat(norm="l1", eps=2.0)
 
 
 class Counted:
@@ -29,7 +31,7 @@ class Counted:
         return torch.tensor([1.0, 0.0, 0.0]).expand(len(x), 3)
 
 
-@pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
+@pytest.mark.parametrize("threat", [LINF, L2, L1], ids=["linf", "l2", "l1"])
 @pytest.mark.parametrize("queries", [1, 2, 37])
 def test_every_example_costs_exactly_its_queries(threat: Threat, queries: int) -> None:
     logits, x = Counted(), torch.rand(5, 3, 8, 8)
@@ -80,25 +82,51 @@ def test_linf_proposals_lie_on_the_surface_and_change_one_square() -> None:
     start = _stripes(x, LINF, generator(1))
     assert torch.allclose((start - x).abs(), torch.full_like(x, 0.1), atol=1e-6)
     assert bool(((start - x).std(dim=2) < 1e-6).all())
-    rows = torch.arange(32)
-    moved = _patch(start, x, LINF, 3, rows, generator(2))
-    changed = (moved != start).any(1)
-    assert torch.allclose((moved - x).abs(), torch.full_like(x, 0.1), atol=1e-6)
-    assert bool((changed.flatten(1).sum(1) <= 9).all())
+    up, down = LINF.project(x + 0.1, x), LINF.project(x - 0.1, x)
     seen = torch.zeros(9, 7, dtype=torch.bool)
     for seed in range(40):
-        seen |= (_patch(start, x, LINF, 3, rows, generator(seed)) != start).any(1).any(0)
+        at, raised = _draw(x, 3, generator(seed))
+        painted = torch.where(raised, up.flatten(1).gather(1, at), down.flatten(1).gather(1, at))
+        moved = start.flatten(1).scatter(1, at, painted).view_as(x)
+        changed = (moved != start).any(1)
+        assert torch.allclose((moved - x).abs(), torch.full_like(x, 0.1), atol=1e-6)
+        assert bool((changed.flatten(1).sum(1) <= 9).all())
+        for channel in (moved - x).sign().flatten(2).gather(2, at[:, None, :9].expand(32, 3, 9)).unbind(1):
+            assert bool((channel == channel[:, :1]).all()), "one sign per channel"
+        seen |= changed.any(0)
     assert bool(seen.all()), "the last row and column are reached too"
 
 
+def test_the_schedule_of_the_ensemble_counts_queries_and_is_not_stretched() -> None:
+    """5,000 queries end at 1/128 of the start share, where a stretched schedule would end at 1/512."""
+    asked: dict[bool, list[int]] = {}
+    for stretch in (True, False):
+        counts: list[int] = []
+        before: list[Tensor] = []
+
+        def logits(x: Tensor, counts: list[int] = counts, before: list[Tensor] = before) -> Tensor:
+            if before:
+                counts.append(int((x != before[0]).sum()))
+            else:
+                before.append(x.clone())
+            return torch.tensor([1.0, 0.0]).expand(len(x), 2)
+
+        x = torch.full((1, 1, 32, 32), 0.5)
+        Square(queries=600, stretch=stretch).perturb(logits, x, torch.zeros(1, dtype=torch.int64), LINF, generator(0))
+        asked[stretch] = counts
+    assert max(asked[True][-90:]) <= _side(0.8, 9999, 10_000, 32, 32) ** 2
+    assert _side(0.8, 9999, 10_000, 32, 32) ** 2 < max(asked[False][-90:]) <= _side(0.8, 599, 10_000, 32, 32) ** 2
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (2, 5, 9), (1, 2, 2), (1, 1, 1)])
-def test_l2_proposals_keep_the_whole_radius(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_proposals_keep_the_whole_radius(shape: tuple[int, int, int], norm: Literal["l2", "l1"]) -> None:
     x = torch.full((16, *shape), 0.5)
-    threat = Threat(norm="l2", eps=0.3)
-    best = _bumps(x, threat, generator(0))
+    threat = Threat(norm=norm, eps=0.3)
+    best = tiles(x, threat, generator(0))
     assert torch.allclose(threat.distance(best, x), torch.full((16,), 0.3), atol=1e-5)
     for seed, side in enumerate((1, 3, 6, 7)):
-        best = _move(best, x, threat, side, torch.arange(16), generator(seed))
+        best = move(best, x, threat, side, torch.arange(16), generator(seed))
         assert torch.allclose(threat.distance(best, x), torch.full((16,), 0.3), atol=1e-5)
 
 
