@@ -42,6 +42,11 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"init: {error}") from error
     except ValidationError as error:
         raise BadInput(f"init: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+    _, height, width = splits.input_shape
+    if min(height, width) < 4:
+        raise BadInput(
+            f"{args.path}: expected pictures of at least 4x4 pixels, got {width}x{height}; enlarge them first"
+        )
     seen = look(splits.train, splits.holdout, splits.test, len(splits.classes))
     warnings = _warnings(seen, splits, data)
     name = args.name or re.sub(r"[^A-Za-z0-9._-]+", "-", args.path.resolve().stem).strip("-._") or "own"

@@ -105,8 +105,8 @@ def data_digest(files: Sequence[Path], root: Path, memo: Path) -> str:
         name = path.relative_to(root if path.is_relative_to(root) else elsewhere)
         rows.append([name.as_posix(), sha])
     if any(known.get(path) != entry for path, entry in fresh.items()):
-        files = {**known, **fresh}
-        write_atomic(memo, canonical({"files": files, "digest": digest(files)}))
+        entries = {**known, **fresh}
+        write_atomic(memo, canonical({"files": entries, "digest": digest(entries)}))
     return digest(["data", *sorted(rows)])
 
 

@@ -144,6 +144,15 @@ def test_what_cannot_be_used_ends_in_status_2(
     assert not Path("spec.toml").exists()
 
 
+def test_pictures_of_one_pixel_are_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    pictures(Path("own"), size=(1, 1))
+    np.savez("own.npz", images=np.zeros((40, 1, 1), np.uint8), labels=np.arange(40) % 2)
+    for path in ("own", "own.npz"):
+        assert main(["init", path]) == 2
+        assert f"{path}: expected pictures of at least 4x4 pixels, got 1x1" in capsys.readouterr().err
+    assert not Path("spec.toml").exists()
+
+
 def test_an_unwritable_place_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     pictures(Path("own"), count=8)
     Path("file").write_text("", encoding="utf-8")
