@@ -22,6 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pgd": {"restarts": 2},
     "apgd": {"steps": 25},
     "square": {"queries": 200},
+    "auto": {"steps": 20, "queries": 150},
     "worst_of": {"attacks": ["fgsm", {"kind": "pgd", "steps": 5}]},
 }
 KINDS = names(FOLDER)
