@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from stages import evidence
 from stages.attacks.base import Attack
-from stages.bounds.base import Certifier
 from stages.data.base import Split
 from stages.evaluate import confusion, correct, outputs
 from stages.finding import Finding, Point
@@ -20,6 +19,7 @@ from stages.nn import _atomic
 from stages.oracle import Spent
 from stages.pictures import difference, png
 from stages.threat import Threat
+from stages.trial import Hit, Proved
 from stages.validity import PROBE
 
 
@@ -42,29 +42,17 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Struck:
-    """By attack: what survived it, bool [N], and what it spent; then the strongest adversarial input per image."""
+    """What each attack did, by name; then the strongest adversarial input per image and whose it is."""
 
     attacks: dict[str, Attack]
-    survived: dict[str, Tensor]
-    spent: dict[str, Spent]
+    hits: dict[str, Hit]
     x_adv: Tensor
     stored: list[str | None]
 
     @property
     def alive(self) -> Tensor:
-        return torch.stack(list(self.survived.values())).all(0)
-
-
-@dataclass(frozen=True, slots=True)
-class Proved:
-    """By certifier: sound lower bounds of the margin, [N], minus infinity where it says nothing; and what it said."""
-
-    certifiers: dict[str, Certifier]
-    margins: dict[str, Tensor]
-    findings: tuple[Finding, ...]
-
-    def certified(self, right: Tensor) -> dict[str, Tensor]:
-        return {name: (margins > 0) & right for name, margins in self.margins.items()}
+        """bool [N]; with what was wrong from the start it has nothing to do."""
+        return torch.stack([hit.survived for hit in self.hits.values()]).all(0)
 
 
 def write(
@@ -99,7 +87,7 @@ def write(
                 "name": name,
                 "label": header.strength,
                 "settings": attack.dump(),
-                "broken": int((scene.right & ~struck.survived[name]).sum()),
+                "broken": int((scene.right & ~struck.hits[name].survived).sum()),
             }
             for name, attack in struck.attacks.items()
         ],
@@ -117,7 +105,9 @@ def examples(scene: Scene, struck: Struck, proved: Proved) -> list[evidence.Exam
     certified = proved.certified(scene.right)
     rows = []
     for i, index in enumerate(scene.indices.tolist()):
-        survived = {name: bool(bits[i]) for name, bits in struck.survived.items()}
+        # What is wrong without an attack survived none; what was proved, or broken before, was not tried.
+        tried = {name: hit for name, hit in struck.hits.items() if bool(hit.tried[i]) or not bool(scene.right[i])}
+        survived = {name: bool(hit.survived[i]) for name, hit in tried.items()}
         first = next((name for name, held in survived.items() if not held), None)
         rows.append(
             evidence.Example(
@@ -126,7 +116,7 @@ def examples(scene: Scene, struck: Struck, proved: Proved) -> list[evidence.Exam
                 clean=int(z[i].argmax()),
                 attacked=int(attacked[i].argmax()),
                 survived=survived,
-                spent={name: _spending(spent, i) for name, spent in struck.spent.items()},
+                spent={name: _spending(hit.spent, i) for name, hit in tried.items()},
                 broken_by=first if bool(scene.right[i]) else evidence.CLEAN,
                 stored=struck.stored[i],
                 margin=float(before[i]),

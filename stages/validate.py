@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -19,16 +18,17 @@ from stages.attacks.base import QUICK, Attack, AttackSet
 from stages.bounds.base import AnyCertifier, Certifier
 from stages.data._cut import subset
 from stages.data.base import Split
-from stages.evaluate import OnStep, frozen, under_attack
+from stages.evaluate import OnStep, frozen
 from stages.finding import Finding, Point
 from stages.measure import accuracy
 from stages.method import InputError, Value
 from stages.nn import _atomic, checkpoint
 from stages.nn.fold import dense, fold
-from stages.oracle import Oracle, Spent
-from stages.scene import Proved, Scene, Struck, write
+from stages.oracle import Spent
+from stages.scene import Scene, Struck, write
 from stages.seeding import derive, generator
 from stages.task import Task
+from stages.trial import Hit, Proved, prove, spared, strike
 
 LIBRARIES = ("torch", "numpy", "safetensors", "pydantic", "pillow")
 
@@ -40,12 +40,17 @@ class Config(Value):
 
     `samples` test images are drawn stratified by class, by the task's `split_seed` alone, so that every run of a task
     is measured on the same ones; all are taken where there are fewer. `attacks` all strike every image that is right
-    without one, each on its own. `certify` may be empty. The validity checks and the curve over `curve` times eps use
-    the first `validity_samples` of a further shuffle of those images; `images` of the broken ones go into the report.
+    without one, each on its own; with `sequence`, only what the ones before it left, so that the accuracy under an
+    attack counts those before it too. Images that `certify`, which may be empty, proves robust are not attacked, but
+    for a twentieth of them, at least 50, to test the proofs; classes proved unreachable are no targets.
+
+    The validity checks and the curve over `curve` times eps use the first `validity_samples` of a further shuffle of
+    those images; `images` of the broken ones go into the report.
     """
 
     samples: int = Field(default=1000, ge=2)
     attacks: AttackSet = Field(default=QUICK, min_length=1, validate_default=True)
+    sequence: bool = False
     certify: tuple[AnyCertifier, ...] = Field(default=("ibp",), validate_default=True)
     validity_samples: int = Field(default=200, ge=20)
     curve: tuple[Annotated[float, Field(gt=0)], ...] = Field(
@@ -78,8 +83,10 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
     with frozen(net), frozen(dense(net)) as quick:
         # Attacks see the dense form of depthwise-separable layers: the same function, several times faster backward.
         scene = Scene.of(quick, test, task.threat, ctx.device)
-        struck = _strike_all(scene, splits.train, config, ctx)
-        proved = _certify(replace(scene, net=net), config.certify, ctx)
+        certifiers = dict(zip(_names(config.certify), config.certify, strict=True))
+        step = lambda name: _progress(ctx, f"certify: {name}")  # noqa: E731
+        proved = prove(net, scene.x, scene.y, len(splits.classes), task.threat, certifiers, step)
+        struck = _strike_all(scene, proved, splits.train, config, ctx)
         points, findings = _doubt(scene, struck, proved, config, task.split_seed, ctx)
         header = evidence.Header(
             threat=task.threat.dump(),
@@ -121,59 +128,44 @@ def _names(methods: Sequence[Attack] | Sequence[Certifier]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _strike_all(scene: Scene, train: Split, config: Config, ctx: Context) -> Struck:
-    """Every attack on every image that is right; what is finished already is read from the scratch folder."""
-    attacks, survived, spent, found = dict(zip(_names(config.attacks), config.attacks, strict=True)), {}, {}, {}
+def _strike_all(scene: Scene, proved: Proved, train: Split, config: Config, ctx: Context) -> Struck:
+    """Every attack on every image that is right and needs one; finished ones are read from the scratch folder."""
+    attacks = dict(zip(_names(config.attacks), config.attacks, strict=True))
+    rows = scene.right & ~spared(proved, scene.right, generator(ctx.seed, "doubt"))
+    hits: dict[str, Hit] = {}
     for name, attack in attacks.items():
         attack.accept(scene.threat)
         kept = ctx.scratch / f"attack-{name}.safetensors"
         if not kept.exists():
             ready = attack.prepare(scene.net, _batches(train, ctx.device), generator(ctx.seed, "prepare", name))
-            oracle = Oracle.of(scene.net, len(scene.x), ctx.device)
-            still, x_adv = under_attack(
-                oracle,
-                ready,
-                scene.x,
-                scene.y,
-                scene.threat,
-                derive(ctx.seed, "attack", name),
-                _BATCH,
-                _progress(ctx, f"attack: {name}"),
-            )
-            made = {
-                "survived": still,
-                "x_adv": x_adv.contiguous(),
-                "queries": oracle.spent.queries,
-                "gradients": oracle.spent.gradients,
-            }
-            _atomic.write(kept, bytes_of({key: value.cpu() for key, value in made.items()}))
-        stored = {key: value.to(ctx.device) for key, value in tensors_of(kept.read_bytes()).items()}
-        survived[name], found[name] = stored["survived"], stored["x_adv"]
-        spent[name] = Spent(stored["queries"], stored["gradients"])
-    x_adv, by = evidence.worst(scene.x, found, scene.net, scene.y)
-    return Struck(attacks, survived, spent, x_adv, by)
+            seed, label = derive(ctx.seed, "attack", name), f"attack: {name}"
+            step = _progress(ctx, label)
+            hit = strike(scene.net, ready, scene.x, scene.y, rows, scene.threat, seed, proved.unproved, step)
+            _atomic.write(kept, _bytes(hit))
+        hits[name] = _hit(kept.read_bytes(), ctx.device)
+        if config.sequence:
+            rows = rows & hits[name].survived
+    for hit in hits.values():
+        hit.survived.logical_and_(scene.right)
+    x_adv, by = evidence.worst(scene.x, {name: hit.x_adv for name, hit in hits.items()}, scene.net, scene.y)
+    return Struck(attacks, hits, x_adv, by)
+
+
+def _bytes(hit: Hit) -> bytes:
+    named = {"tried": hit.tried, "survived": hit.survived, "x_adv": hit.x_adv.contiguous()}
+    named |= {"queries": hit.spent.queries, "gradients": hit.spent.gradients}
+    return bytes_of({name: value.cpu() for name, value in named.items()})
+
+
+def _hit(stored: bytes, device: str) -> Hit:
+    named = {name: value.to(device) for name, value in tensors_of(stored).items()}
+    return Hit(named["tried"], named["survived"], named["x_adv"], Spent(named["queries"], named["gradients"]))
 
 
 def _batches(split: Split, device: str) -> Iterator[tuple[Tensor, Tensor]]:
     for at in range(0, len(split), _BATCH):
         rows = slice(at, at + _BATCH)
         yield split.floats(rows).to(device), split.labels[rows].to(device)
-
-
-def _certify(scene: Scene, certifiers: Sequence[Certifier], ctx: Context) -> Proved:
-    """A network that a certifier has no rule for is not proved anywhere, which is sound, and is said."""
-    named, margins, findings = dict(zip(_names(certifiers), certifiers, strict=True)), {}, []
-    for name, certifier in named.items():
-        bounds = torch.full((len(scene.x),), float("-inf"), device=scene.x.device)
-        try:
-            for at in range(0, len(scene.x), _BATCH):
-                rows = slice(at, at + _BATCH)
-                bounds[rows] = certifier.margins(scene.net, scene.x[rows], scene.y[rows], scene.threat).detach()
-                _progress(ctx, f"certify: {name}")(min(at + _BATCH, len(scene.x)), len(scene.x))
-        except InputError as error:
-            findings.append(Finding(f"covers_{name}", True, f"{name} proves nothing about this network: {error}"))
-        margins[name] = bounds
-    return Proved(named, margins, tuple(findings))
 
 
 def _doubt(
@@ -198,13 +190,14 @@ def _doubt(
 
 
 def _pair(struck: Struck) -> tuple[Tensor, Tensor] | None:
-    """What survived all gradient attacks and all black-box ones, where there are both."""
+    """What survived all gradient attacks and all black-box ones, of the images that all of them tried."""
     kinds: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, attack in struck.attacks.items():
-        kinds[attack.needs_gradients].append(struck.survived[name])
-    if not all(kinds.values()):
+        kinds[attack.needs_gradients].append(struck.hits[name].survived)
+    tried = torch.stack([hit.tried for hit in struck.hits.values()]).all(0)
+    if not all(kinds.values()) or any(bool((hit.tried != tried).any()) for hit in struck.hits.values()):
         return None
-    return torch.stack(kinds[True]).all(0), torch.stack(kinds[False]).all(0)
+    return torch.stack(kinds[True]).all(0)[tried], torch.stack(kinds[False]).all(0)[tried]
 
 
 def _rechecked(scene: Scene, struck: Struck) -> Finding:
@@ -227,8 +220,8 @@ def _sound(scene: Scene, struck: Struck, proved: Proved) -> Iterator[Finding]:
 
 def _measure(scene: Scene, struck: Struck, proved: Proved) -> tuple[tuple[Measurement, ...], dict[str, Outcomes]]:
     hits = {"accuracy.clean.test": scene.right, "accuracy.robust.test": struck.alive}
-    hits |= {f"accuracy.robust.{name}.test": survived for name, survived in struck.survived.items()}
-    if proved.margins:
+    hits |= {f"accuracy.robust.{name}.test": hit.survived for name, hit in struck.hits.items()}
+    if proved.leads:
         hits["accuracy.certified.test"] = torch.stack(list(proved.certified(scene.right).values())).any(0)
     measured: list[Measurement] = []
     outcomes: dict[str, Outcomes] = {}

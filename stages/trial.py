@@ -1,0 +1,121 @@
+"""Every example's verdict: proved, broken or standing. Attacks and bounds meet here; neither knows the other."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+from stages.bounds.base import Box, Certifier, lead_rows
+from stages.evaluate import OnStep, Strike, under_attack
+from stages.finding import Finding
+from stages.method import InputError
+from stages.oracle import Logits, Oracle, Spent
+from stages.threat import Threat
+
+_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Proved:
+    """By certifier: sound lower bounds of z_y - z_k, [N, K], +inf at k = y, -inf where it says nothing.
+
+    `findings` says of which certifier has no rule for the network: it proves nothing, which is sound.
+    """
+
+    certifiers: dict[str, Certifier]
+    leads: dict[str, Tensor]
+    findings: tuple[Finding, ...]
+
+    @property
+    def margins(self) -> dict[str, Tensor]:
+        """[N] each: lower bounds of the true class's lead over the best other class."""
+        return {name: leads.amin(1) for name, leads in self.leads.items()}
+
+    def certified(self, right: Tensor) -> dict[str, Tensor]:
+        """bool [N] each: right, and proved to stay so."""
+        return {name: (margins > 0) & right for name, margins in self.margins.items()}
+
+    @property
+    def unproved(self) -> Tensor | None:
+        """bool [N, K]: the wrong classes that no certifier proved unreachable; None without certifiers."""
+        if not self.leads:
+            return None
+        return torch.stack([leads <= 0 for leads in self.leads.values()]).all(0)
+
+
+def prove(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    classes: int,
+    threat: Threat,
+    certifiers: Mapping[str, Certifier],
+    on_step: Callable[[str], OnStep],
+) -> Proved:
+    """Bound every lead of every example [N, C, H, W]; `on_step(name)(done, total)` counts images."""
+    leads, findings = {}, []
+    wrong = torch.arange(classes, device=x.device).unsqueeze(0) != y.unsqueeze(1)
+    for name, certifier in certifiers.items():
+        found = torch.full((len(x), classes), float("inf"), device=x.device)
+        found[wrong] = float("-inf")
+        try:
+            for at in range(0, len(x), _BATCH):
+                rows = slice(at, at + _BATCH)
+                ends, labels = Box.around(x[rows], threat), y[rows]
+                bounds = certifier.lower(net, ends, lead_rows(net, x[rows], labels)).detach()
+                found[rows] = found[rows].masked_scatter(wrong[rows], bounds)
+                on_step(name)(min(at + _BATCH, len(x)), len(x))
+        except InputError as error:
+            found[wrong] = float("-inf")
+            findings.append(Finding(f"covers_{name}", True, f"{name} proves nothing about this network: {error}"))
+        leads[name] = found
+    return Proved(dict(certifiers), leads, tuple(findings))
+
+
+def spared(proved: Proved, right: Tensor, rng: Generator) -> Tensor:
+    """bool [N]: examples that need no attack because every wrong class is proved unreachable.
+
+    A random twentieth of them, at least 50, is attacked all the same: a proof that an attack breaks is no proof.
+    """
+    if proved.unproved is None:
+        return torch.zeros_like(right)
+    rows = (right & ~proved.unproved.any(1)).nonzero().flatten()
+    doubted = rows[torch.randperm(len(rows), generator=rng, device=rng.device).to(rows.device)]
+    kept = torch.zeros_like(right)
+    kept[doubted[max(50, len(rows) // 20) :]] = True
+    return kept
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """What one attack did: whom it tried and what was left, bool [N]; its inputs [N, C, H, W]; what it spent."""
+
+    tried: Tensor
+    survived: Tensor
+    x_adv: Tensor
+    spent: Spent
+
+
+def strike(
+    logits: Logits,
+    attack: Strike,
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    threat: Threat,
+    seed: int,
+    unproved: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Hit:
+    """One attack on the examples `rows`, bool [N]; the others survive untried.
+
+    `unproved` bool [N, K] keeps targeted attacks from classes that cannot be reached.
+    """
+    oracle = Oracle.of(logits, len(x), x.device, unproved)
+    survived, x_adv = torch.ones_like(rows), x.clone()
+    chosen = rows.nonzero().flatten()
+    if len(chosen):
+        held, found = under_attack(oracle[chosen], attack, x[chosen], y[chosen], threat, seed, _BATCH, on_step)
+        survived[chosen], x_adv[chosen] = held, found
+    return Hit(rows, survived, x_adv, oracle.spent)

@@ -1,0 +1,117 @@
+"""Proofs and attacks together: whom an attack tries, what it may aim at, and that nothing changes by it."""
+
+import torch
+from torch import Tensor, nn
+
+from stages.attacks.apgd import APGD
+from stages.attacks.pgd import PGD
+from stages.bounds.ibp import IBP
+from stages.evaluate import OnStep, correct, frozen
+from stages.seeding import generator
+from stages.threat import Threat
+from stages.trial import Proved, prove, spared, strike
+from tests.trained import digits, digits_model
+
+SMALL = Threat(norm="linf", eps=0.004)
+
+
+def images(count: int = 200) -> tuple[Tensor, Tensor]:
+    test = digits().test
+    return test.floats(slice(0, count)), test.labels[:count]
+
+
+def quiet(name: str) -> OnStep:
+    return lambda done, total: print(name, done, total)
+
+
+def proofs(net: nn.Module, threat: Threat = SMALL) -> Proved:
+    x, y = images()
+    return prove(net, x, y, 10, threat, {"ibp": IBP()}, quiet)
+
+
+def test_leads_are_bounds_of_every_class_and_margins_the_least_of_them() -> None:
+    net = digits_model(recipe="at").net
+    x, y = images()
+    with frozen(net):
+        found = proofs(net)
+        leads = found.leads["ibp"]
+        assert leads.shape == (200, 10)
+        assert bool((leads.gather(1, y.unsqueeze(1)) == float("inf")).all())
+        for seed in range(5):
+            with torch.no_grad():
+                z = net(SMALL.random(x, generator(seed)))
+            assert bool((z.gather(1, y.unsqueeze(1)) - z >= leads.clamp(max=0)).all())
+        assert torch.equal(found.margins["ibp"], IBP().margins(net, x, y, SMALL))
+        assert found.unproved is not None
+        assert torch.equal(found.unproved, leads <= 0)
+        # The case is worth testing: some are proved whole, some in part, some not at all.
+        open_classes = found.unproved.sum(1)
+        assert len(set(open_classes.tolist())) > 4
+        assert int((open_classes == 0).sum()) > 60
+
+
+def test_a_network_without_a_rule_is_proved_nowhere_and_nothing_is_spared() -> None:
+    class Sine(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :10].sin().cumsum(1)
+
+    found = proofs(Sine().eval())
+    assert found.findings[0].name == "covers_ibp"
+    assert found.findings[0].ok
+    right = torch.ones(200, dtype=torch.bool)
+    assert not bool(spared(found, right, generator(0)).any())
+    assert bool((found.margins["ibp"] == float("-inf")).all())
+
+
+def test_proved_examples_are_spared_but_for_fifty() -> None:
+    net = digits_model(recipe="at").net
+    x, y = images()
+    with frozen(net):
+        found, right = proofs(net), correct(net, x, y)
+    whole = found.certified(right)["ibp"]
+    kept = spared(found, right, generator(1))
+    assert bool((kept <= whole).all())
+    assert int(kept.sum()) == int(whole.sum()) - 50
+    assert torch.equal(kept, spared(found, right, generator(1)))
+    assert not torch.equal(kept, spared(found, right, generator(2)))
+    assert not bool(spared(Proved({}, {}, ()), right, generator(0)).any())
+
+
+def test_untried_examples_survive_untouched_and_unpaid() -> None:
+    net = digits_model().net
+    x, y = images(60)
+    threat = Threat(norm="linf", eps=0.1)
+    with frozen(net):
+        rows = correct(net, x, y)
+        rows[::2] = False
+        hit = strike(net, PGD(steps=5), x, y, rows, threat, 0)
+    assert torch.equal(hit.tried, rows)
+    assert bool(hit.survived[~rows].all())
+    assert torch.equal(hit.x_adv[~rows], x[~rows])
+    assert not bool(hit.spent.queries[~rows].any())
+    assert bool((hit.spent.queries[rows] > 0).all())
+    assert 0 < int(hit.survived[rows].sum()) < int(rows.sum())
+
+
+def test_classes_proved_unreachable_are_no_targets_and_no_verdict_changes() -> None:
+    net = digits_model(recipe="at").net
+    x, y = images(100)
+    threat = Threat(norm="linf", eps=0.01)
+    attack = APGD(steps=10, loss="dlr", targets=9)
+    with frozen(net):
+        rows = correct(net, x, y)
+        unproved = prove(net, x, y, 10, threat, {"ibp": IBP()}, quiet).unproved
+        plain = strike(net, attack, x, y, rows, threat, 0)
+        aimed = strike(net, attack, x, y, rows, threat, 0, unproved)
+    assert torch.equal(plain.survived, aimed.survived)
+    assert int(aimed.spent.gradients.sum()) < int(plain.spent.gradients.sum())
+
+
+def test_no_rows_no_work() -> None:
+    def never(x: Tensor) -> Tensor:
+        raise AssertionError("asked")
+
+    x, y = images(5)
+    hit = strike(never, PGD(), x, y, torch.zeros(5, dtype=torch.bool), SMALL, 0)
+    assert bool(hit.survived.all())
+    assert torch.equal(hit.x_adv, x)
