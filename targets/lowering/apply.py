@@ -15,7 +15,7 @@ options: `{"pass": "qdq_int8_cpu", "keep": ["first", "last"]}`.
     lowered.model, lowered.extras[".ort"], lowered.steps[-1].parity.top1
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,17 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from pipeline.core.errors import nearest
+from targets.lowering.attach import attach
 from targets.lowering.parity import Parity, between, logits_of
 from targets.passes.base import Array, Kit, LoweringError, load
 
 PassSpec = str | Mapping[str, Any]
+Guard = Callable[[bytes], bytes]
+"""A lowered network -> the graph of the detector that was fitted on it."""
 # An exact pass may reorder floating-point sums; beyond this share of the largest logit it computes something else.
 EXACT_SHARE = 1e-3
 PROBES = 64
+_ATTACH = "the detector"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +48,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """The lowered graph; files made beside it, by suffix; one step per pass; `parity` against the graph given."""
+    """The lowered graph; files made beside it, by suffix; one step per pass; `parity` against the graph given.
+
+    `network` is the same graph without the detector around it; where there is none, it is `model` itself.
+    """
 
     model: bytes
+    network: bytes
     extras: dict[str, bytes]
     steps: tuple[Step, ...]
     parity: Parity
@@ -65,31 +73,58 @@ def check_passes(passes: Sequence[PassSpec]) -> None:
         load(_parse(spec)[0])
 
 
-def apply(model: bytes, passes: Sequence[PassSpec], kit: Kit, probe: Array | None = None) -> Lowered:
+def apply(
+    model: bytes, passes: Sequence[PassSpec], kit: Kit, probe: Array | None = None, guard: Guard | None = None
+) -> Lowered:
     """Run the passes in order. `probe` float32 [N, C, H, W] are the images parity is measured on (calibration's first).
 
-    Raises `LoweringError` for an unknown pass or option, bytes that are no ONNX model, a graph that a pass refuses, a
-    pass that says it is exact and is not, or logits that are not finite.
+    `guard` makes a detector's graph for the lowered network; it is attached (`attach.py`) before the first pass that is
+    about the whole graph, at the end where none is. Raises `LoweringError` for an unknown pass or option, bytes that
+    are no ONNX model, a graph that a pass refuses, a pass that says it is exact and is not, logits that are not finite,
+    and a pass that would lower the network when the detector is around it already.
     """
     graph = _read(model)
     images = kit.calibration[:PROBES] if probe is None else probe
     first = before = logits_of(model, images)
-    data, steps = model, []
-    for spec in passes:
-        name, options = _parse(spec)
-        module = load(name)
-        graph = module.lower(graph, options, kit)
+    data = network = model
+    steps = []
+    todo: list[tuple[str, dict[str, Any]]] = [_parse(spec) for spec in passes]
+    if guard is not None:
+        todo = _with_guard(todo)
+    for name, options in todo:
+        if name == _ATTACH:
+            assert guard is not None  # _with_guard put it there
+            network, exact = data, True
+            graph = attach(graph, onnx.load_from_string(guard(data)))
+        else:
+            module = load(name)
+            graph, exact = module.lower(graph, options, kit), module.EXACT
         data = graph.SerializeToString(deterministic=True)
         after = logits_of(data, images)
         parity = between(before, after)
-        _judge(name, parity, module.EXACT)
+        _judge(name, parity, exact)
         steps.append(Step(name, parity, len(graph.graph.node), len(data)))
         before = after
-    return Lowered(data, dict(kit.extras), tuple(steps), between(first, before))
+    return Lowered(data, data if guard is None else network, dict(kit.extras), tuple(steps), between(first, before))
+
+
+def _with_guard(todo: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    whole = [load(name).WHOLE for name, _ in todo]
+    first = whole.index(True) if True in whole else len(todo)
+    if not all(whole[first:]):
+        late = todo[first + whole[first:].index(False)][0]
+        raise LoweringError(
+            f'pass "{late}" comes after "{todo[first][0]}", but a detector lies between them; swap them'
+        )
+    return [*todo[:first], (_ATTACH, {}), *todo[first:]]
 
 
 def prove(
-    model: bytes, precisions: Mapping[str, Sequence[PassSpec]], kit: Kit, probe: Array | None = None
+    model: bytes,
+    precisions: Mapping[str, Sequence[PassSpec]],
+    kit: Kit,
+    probe: Array | None = None,
+    guard: Guard | None = None,
 ) -> dict[str, Lowered]:
     """Lower for every precision on offer, so that a refusal of any (NVIDIA's parser's, say) is found at once.
 
@@ -99,7 +134,7 @@ def prove(
     for precision, passes in precisions.items():
         fresh = Kit(kit.calibration, kit.work, None, kit.note)
         try:
-            made[precision] = apply(model, passes, fresh, probe)
+            made[precision] = apply(model, passes, fresh, probe, guard)
         except LoweringError as error:
             raise LoweringError(f"precision {precision}: {error}") from error
     return made

@@ -2,6 +2,8 @@
 
     EXACT = True        the graph computes the same function, up to the order of floating-point sums; `apply` refuses
                         the pass where it does not. False: how much may change is the gate's business.
+    WHOLE = False       changes the network, and never sees the detector around it. True: is about the graph as it
+                        ships (another format, another parser), so it comes after a detector was attached.
 
 The folder is the registry: every file here but `base.py` and `_name.py` is one pass of that name. A pass never changes
 the model it was given, and equal models, options and kits give equal bytes.
@@ -57,6 +59,7 @@ class Pass(Protocol):
     """Satisfied by a module of this folder."""
 
     EXACT: bool
+    WHOLE: bool
 
     def lower(self, model: onnx.ModelProto, options: Mapping[str, Any], kit: Kit, /) -> onnx.ModelProto: ...
 

@@ -13,6 +13,7 @@ from targets.passes._graph import clean
 from targets.passes.base import Kit, read_options
 
 EXACT = True
+WHOLE = False
 
 
 def lower(model: onnx.ModelProto, options: Mapping[str, Any], kit: Kit) -> onnx.ModelProto:

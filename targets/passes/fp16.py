@@ -14,6 +14,7 @@ from targets.passes._graph import clean
 from targets.passes.base import Kit, LoweringError, read_options
 
 EXACT = False
+WHOLE = False
 KEEP_OPS = ("Softmax", "LayerNormalization", "InstanceNormalization", "ReduceMean", "GlobalAveragePool")
 
 

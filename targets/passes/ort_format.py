@@ -16,6 +16,7 @@ from targets.passes.base import Kit, LoweringError, read_options
 from targets.runtime.ort import OrtEngine
 
 EXACT = True
+WHOLE = True
 
 
 def lower(model: onnx.ModelProto, options: Mapping[str, Any], kit: Kit) -> onnx.ModelProto:

@@ -15,6 +15,7 @@ from targets.passes._qdq import quantise
 from targets.passes.base import Kit, read_options
 
 EXACT = False
+WHOLE = False
 OPERATORS = (
     "Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool",
     "Reshape", "Flatten", "Transpose", "Concat",

@@ -14,6 +14,7 @@ from targets.passes._qdq import quantise
 from targets.passes.base import Kit, read_options
 
 EXACT = False
+WHOLE = False
 OPERATORS = ("Conv", "Gemm", "MatMul")
 
 

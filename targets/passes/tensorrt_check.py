@@ -15,6 +15,7 @@ from targets.runtime.errors import EngineError, MissingRuntime
 from targets.runtime.trt_build import build_apart, installed
 
 EXACT = True
+WHOLE = True
 
 
 def lower(model: onnx.ModelProto, options: Mapping[str, Any], kit: Kit) -> onnx.ModelProto:

@@ -56,12 +56,19 @@ class OrtEngine:
 
     def __call__(self, images: Array) -> Array:
         """Float32 [N, C, H, W] -> logits float32 [N, classes]; long batches run in pieces, so memory stays bounded."""
+        return self._run(images, ["logits"])[0]
+
+    def outputs(self, images: Array) -> dict[str, npt.NDArray[Any]]:
+        """Every output by name: logits and, of a graph with a detector, score float32 [N] and flag bool [N]."""
+        names = [output.name for output in self.session.get_outputs()]
+        return dict(zip(names, self._run(images, names), strict=True))
+
+    def _run(self, images: Array, names: list[str]) -> list[npt.NDArray[Any]]:
         pieces = [
-            self.session.run(["logits"], {"input": images[start : start + _BATCH]})[0]
+            self.session.run(names, {"input": images[start : start + _BATCH]})
             for start in range(0, len(images), _BATCH)
         ]
-        logits: Array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        return logits
+        return pieces[0] if len(pieces) == 1 else [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
 
 
 def version() -> str:

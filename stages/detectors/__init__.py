@@ -1,0 +1,1 @@
+"""Detectors: frozen values that tell inputs whose answers are not to be trusted."""
