@@ -20,34 +20,34 @@ def step_onto(points: Tensor, w: Tensor, gap: Tensor, norm: Norm, low: float, hi
     Source: Croce and Hein 2020, section 2.2 (they sort for all three; linf and l2 need no sorting, see `_level`).
     """
     largest = w.abs().amax(-1, keepdim=True)
-    flat = largest == 0
-    size = w.abs() / torch.where(flat, 1.0, largest)
-    need = torch.where(flat, 0.0, gap.unsqueeze(-1).abs() / torch.where(flat, 1.0, largest))
-    heading = -gap.unsqueeze(-1).sign() * w.sign()
-    room = torch.where(heading > 0, high - points, points - low)
+    scale = largest + (largest == 0)
+    side, away = w.sign(), gap.sign().unsqueeze(-1)
+    size, need = (w * side).div_(scale), gap.abs().unsqueeze(-1) / scale * (largest > 0)
+    middle, half = (low + high) / 2, (high - low) / 2
+    room = (points - middle).mul_(side).mul_(away).add_(half)
     if norm == "linf":
-        moved = torch.minimum(_level(size, torch.where(size > 0, room, 0.0), need), room)
+        moved = torch.minimum(_level(size, size * room, room, need), room)
     elif norm == "l2":
-        limit = torch.where(size > 0, room / size, 0.0)
-        moved = torch.minimum(_level(size.square(), limit, need) * size, room)
+        limit = room / size.clamp(min=torch.finfo(size.dtype).tiny)
+        moved = torch.minimum(_level(size.square(), size * room, limit, need) * size, room)
     else:
         moved = _fill(size, room, need)
-    return heading * moved
+    return moved.mul_(side).mul_(-away)
 
 
-def _level(slope: Tensor, limit: Tensor, need: Tensor) -> Tensor:
-    """The t with sum_i slope_i min(t, limit_i) = need, or one beyond all limits where the sum stays below; [..., 1].
+def _level(slope: Tensor, held: Tensor, limit: Tensor, need: Tensor) -> Tensor:
+    """The t with sum_i min(slope_i t, held_i) = need, or one beyond all limits where the sum stays below; [..., 1].
 
-    The sum is concave and piecewise linear in t, so Newton from the left never overshoots, and ends exactly: each
-    step but the last passes a limit. A handful of passes over the data, where sorting takes a dozen.
+    `limit` = held / slope. The sum is concave and piecewise linear in t, so Newton from the left never overshoots, and
+    ends exactly: each step but the last passes a limit. That is a handful of passes over the data, without sorting.
     """
-    held = slope * limit
     whole = held.sum(-1, keepdim=True)
     level = need / slope.sum(-1, keepdim=True).clamp(min=torch.finfo(slope.dtype).tiny)
     while True:
-        free = (limit > level).to(slope.dtype)
-        rate = (slope * free).sum(-1, keepdim=True)
-        at_limit = whole - (held * free).sum(-1, keepdim=True)
+        # 1 where the limit lies ahead, else 0; comparing and selecting would be several times slower.
+        free = (limit - level).clamp_(min=0).sign_()
+        rate = torch.linalg.vecdot(slope, free).unsqueeze(-1)
+        at_limit = whole - torch.linalg.vecdot(held, free).unsqueeze(-1)
         ahead = torch.where(rate > 0, (need - at_limit) / rate, level)
         if not bool((ahead > level).any()):
             return level
@@ -61,5 +61,5 @@ def _fill(size: Tensor, room: Tensor, need: Tensor) -> Tensor:
     limit = room.gather(-1, order)
     worth = ordered * limit
     left = need - (worth.cumsum(-1) - worth)
-    moved = torch.where(ordered > 0, left / ordered, 0.0).clamp(min=0)
+    moved = (left / ordered.clamp(min=torch.finfo(ordered.dtype).tiny)).clamp_(min=0)
     return torch.zeros_like(room).scatter_(-1, order, torch.minimum(moved, limit))

@@ -14,6 +14,7 @@ from stages.threat import Threat
 _SHORTEST = 1e-8
 _TINY = 1e-12
 _NUMBERS = 2**20
+_CACHED = 2**16
 _ORDER = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}
 _DUAL = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
 
@@ -40,7 +41,8 @@ class FAB(Attack):
     step asks the network once: the plane is that at `ahead`, right or wrong, carried over to x_{t+1}, where the
     released code asks for the label at `ahead` and again for the plane at x_{t+1}. `reference` = True does as that
     code does, at half as many passes again, and finds the distances of that code to 1e-5; the one pass finds
-    distances that differ by less than 2 %, either way and as often shorter (digits, linf and l2).
+    distances that differ by less than 2 % (l1: 12 %), either way and as often shorter (133 digits, adversarially
+    trained).
     """
 
     steps: int = Field(default=100, ge=1)
@@ -108,14 +110,20 @@ class FAB(Attack):
         found.remember(every, near, near_by)
 
     def _advance(self, point: Tensor, origin: Tensor, plane: "_Plane", threat: Threat) -> Tensor:
-        here, start, w = point.flatten(1), origin.flatten(1), plane.slope.flatten(1)
-        gaps = torch.stack([plane.gap, plane.gap + ((start - here) * w).sum(1)])
+        """The next points, some examples at a time: on a CPU what fits its cache takes half as long."""
+        size = len(point) if point.is_cuda else max(_CACHED // max(point[0].numel(), 1), 1)
+        here, start, w = (torch.split(part.flatten(1), size) for part in (point, origin, plane.slope))
+        parts = zip(here, start, w, torch.split(plane.gap, size), strict=True)
+        return torch.cat([self._combine(*part, threat) for part in parts]).view_as(point)
+
+    def _combine(self, here: Tensor, start: Tensor, w: Tensor, gap: Tensor, threat: Threat) -> Tensor:
+        gaps = torch.stack([gap, gap + ((start - here) * w).sum(1)])
         both = torch.stack([here, start])
         steps = step_onto(both, w, gaps, threat.norm, threat.low, threat.high)
         lengths = torch.linalg.vector_norm(steps, ord=_ORDER[threat.norm], dim=2, keepdim=True).clamp_(min=_SHORTEST)
         alpha = (lengths[0] / (lengths[0] + lengths[1])).clamp_(max=self.alpha_max)
         reached = both.add_(steps, alpha=self.eta)
-        return reached[0].lerp_(reached[1], alpha).clamp_(threat.low, threat.high).view_as(point)
+        return reached[0].lerp_(reached[1], alpha).clamp_(threat.low, threat.high)
 
 
 @dataclass
