@@ -11,7 +11,16 @@ from stages.nn._onnx_values import Attributes
 
 _PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
 # Half precision is computed in single precision on half-precision values, as onnxruntime does on a CPU.
-_TYPES = {1: torch.float32, 6: torch.int32, 7: torch.int64, 9: torch.bool, 11: torch.float64}
+_TYPES = {
+    1: torch.float32,
+    2: torch.uint8,
+    3: torch.int8,
+    5: torch.int16,
+    6: torch.int32,
+    7: torch.int64,
+    9: torch.bool,
+    11: torch.float64,
+}
 _HALVES = {10: torch.float16, 16: torch.bfloat16}
 
 
@@ -40,19 +49,21 @@ def reshape(a: Attributes, x: Tensor, target: Tensor) -> Tensor:
 
 
 def flatten(a: Attributes, x: Tensor) -> Tensor:
-    axis = a.get("axis", 1) % x.dim() if x.dim() else 0
-    return x.reshape(x.shape[:axis].numel(), -1)
+    axis = a.get("axis", 1)
+    if axis == 1 and x.dim() > 1:
+        return x.flatten(1)  # reads no sizes, so that bounds can follow it for any batch
+    return x.reshape(x.shape[: axis % x.dim() if x.dim() else 0].numel(), -1)
 
 
 def squeeze(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
-    del a
-    return x.squeeze() if axes is None else x.squeeze(tuple(axes.tolist()))
+    found = _listed(a, "axes", axes)
+    return x.squeeze() if found is None else x.squeeze(tuple(found))
 
 
-def unsqueeze(a: Attributes, x: Tensor, axes: Tensor) -> Tensor:
-    del a
-    rank = x.dim() + axes.numel()
-    for axis in sorted(axis % rank for axis in axes.tolist()):
+def unsqueeze(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
+    found = _listed(a, "axes", axes) or []
+    rank = x.dim() + len(found)
+    for axis in sorted(axis % rank for axis in found):
         x = x.unsqueeze(axis)
     return x
 
@@ -62,22 +73,31 @@ def transpose(a: Attributes, x: Tensor) -> Tensor:
 
 
 def concat(a: Attributes, *parts: Tensor) -> Tensor:
-    return torch.cat(parts, a["axis"])
+    axis = a["axis"] % parts[0].dim()
+    if axis and any(part.shape[0] == 1 for part in parts):
+        # In a graph made for one image a constant (a class token) has a batch of one, whatever ours is.
+        batch = max(part.shape[0] for part in parts)
+        parts = tuple(part.expand(batch, *part.shape[1:]) for part in parts)
+    return torch.cat(parts, axis)
 
 
 def split(a: Attributes, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
-    axis = a.get("axis", 0)
-    if sizes is not None:
-        return torch.split_with_sizes(x, sizes.tolist(), axis)
+    axis, found = a.get("axis", 0), _listed(a, "split", sizes)
+    if found is not None:
+        return torch.split_with_sizes(x, found, axis)
     return torch.tensor_split(x, [i * -(-x.shape[axis] // a["num_outputs"]) for i in range(1, a["num_outputs"])], axis)
 
 
 def slice_(
-    a: Attributes, x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None = None, steps: Tensor | None = None
+    a: Attributes,
+    x: Tensor,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    axes: Tensor | None = None,
+    steps: Tensor | None = None,
 ) -> Tensor:
-    del a
-    first, last = starts.tolist(), ends.tolist()
-    where = range(len(first)) if axes is None else axes.tolist()
+    first, last = _listed(a, "starts", starts) or [], _listed(a, "ends", ends) or []
+    where = _listed(a, "axes", axes) or range(len(first))
     by = [1] * len(first) if steps is None else steps.tolist()
     for start, end, axis, step in zip(first, last, where, by, strict=True):
         chosen = range(x.shape[axis])[start:end:step]
@@ -93,7 +113,7 @@ def gather(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
     axis = a.get("axis", 0) % x.dim()
     positive = torch.where(indices < 0, indices + x.shape[axis], indices).to(x.device)
     taken = x.index_select(axis, positive.flatten())
-    return taken.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return taken.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
 def gather_elements(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
@@ -101,8 +121,11 @@ def gather_elements(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
     return x.gather(axis, torch.where(indices < 0, indices + x.shape[axis], indices).to(x.device))
 
 
-def pad(a: Attributes, x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None) -> Tensor:
-    sides = pads.tolist()
+def pad(
+    a: Attributes, x: Tensor, pads: Tensor | None = None, value: Tensor | None = None, axes: Tensor | None = None
+) -> Tensor:
+    sides = _listed(a, "pads", pads) or []
+    value = a.get("value", value)
     where = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in axes.tolist()]
     pairs = {axis: (sides[i], sides[len(where) + i]) for i, axis in enumerate(where)}
     mode = _PAD_MODES[a.get("mode", b"constant").decode()]
@@ -147,3 +170,30 @@ def where(a: Attributes, condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 def identity(a: Attributes, x: Tensor, *ignored: Tensor | None) -> Tensor:
     del a, ignored
     return x
+
+
+def size(a: Attributes, x: Tensor) -> Tensor:
+    del a
+    return torch.tensor(x.numel(), dtype=torch.int64)
+
+
+def depth_to_space(a: Attributes, x: Tensor) -> Tensor:
+    side, (depth, height, width) = a["blocksize"], x.shape[1:]
+    channels = depth // side**2
+    if a.get("mode", b"DCR") == b"CRD":
+        parts = x.reshape(-1, channels, side, side, height, width).permute(0, 1, 4, 2, 5, 3)
+    else:
+        parts = x.reshape(-1, side, side, channels, height, width).permute(0, 3, 4, 1, 5, 2)
+    return parts.reshape(-1, channels, height * side, width * side)
+
+
+def space_to_depth(a: Attributes, x: Tensor) -> Tensor:
+    side, (channels, height, width) = a["blocksize"], x.shape[1:]
+    parts = x.reshape(-1, channels, height // side, side, width // side, side)
+    parts = parts.permute(0, 1, 3, 5, 2, 4) if a.get("mode", b"DCR") == b"CRD" else parts.permute(0, 3, 5, 1, 2, 4)
+    return parts.reshape(-1, channels * side**2, height // side, width // side)
+
+
+def _listed(a: Attributes, name: str, given: Tensor | None) -> list[int] | None:
+    """Whole numbers that older opsets keep in an attribute and newer ones in an input."""
+    return list(a[name]) if given is None and name in a else None if given is None else given.tolist()

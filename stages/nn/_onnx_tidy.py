@@ -6,6 +6,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 _PRODUCER = "temper"
+_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 
 
 def tidy(model: ModelProto) -> bytes:
@@ -29,7 +30,7 @@ def fold_constants(model: ModelProto) -> None:
     kept = []
     for node in graph.node:
         known = all(name in values for name in node.input if name)
-        if known and not outputs.intersection(node.output) and not _has_subgraph(node):
+        if known and not outputs.intersection(node.output) and not _has_subgraph(node) and node.op_type not in _RANDOM:
             values |= _evaluate(model, node, {name: values[name] for name in node.input if name})
         else:
             kept.append(node)
@@ -60,7 +61,7 @@ def _evaluate(model: ModelProto, node: NodeProto, known: dict[str, onnx.TensorPr
     results = ReferenceEvaluator(alone).run(None, {})
     names = [name for name in node.output if name]
     return {
-        name: numpy_helper.from_array(np.ascontiguousarray(value), name)
+        name: numpy_helper.from_array(np.asarray(value, order="C"), name)
         for name, value in zip(names, results, strict=True)
     }
 

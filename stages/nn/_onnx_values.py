@@ -3,7 +3,7 @@
 Missing optional inputs come as None. Half-precision constants have become float32 before they arrive here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,16 +13,7 @@ from torch.nn import functional as F
 from stages.nn import _fake_quant
 
 Attributes = Mapping[str, Any]
-RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
-_LEAST = {"MaxPool": float("-inf"), "Conv": 0.0, "AveragePool": 0.0}
-
-
-def conv(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    sides = weight.dim() - 2
-    x, pads = _padded("Conv", a, x, sides)
-    run: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[sides - 1]
-    ones = [1] * sides
-    return run(x, weight, bias, a.get("strides", ones), pads, a.get("dilations", ones), a.get("group", 1))
+RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127), torch.int16: (-32768, 32767), torch.uint16: (0, 65535)}
 
 
 def gemm(a: Attributes, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -42,43 +33,43 @@ def layer_norm(a: Attributes, x: Tensor, gamma: Tensor, beta: Tensor | None = No
     return y if beta is None else y + beta
 
 
-def max_pool(a: Attributes, x: Tensor) -> Tensor:
-    sides = len(a["kernel_shape"])
-    x, pads = _padded("MaxPool", a, x, sides)
-    run: Callable[..., Tensor] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[sides - 1]
-    ones = [1] * sides
-    strides, dilations = a.get("strides", ones), a.get("dilations", ones)
-    return run(x, a["kernel_shape"], strides, pads, dilations, bool(a.get("ceil_mode", 0)))
+def instance_norm(a: Attributes, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    y: Tensor = F.instance_norm(x, None, None, gamma, beta, True, 0.0, a.get("epsilon", 1e-5))
+    return y
 
 
-def average_pool(a: Attributes, x: Tensor) -> Tensor:
-    sides, ceil = len(a["kernel_shape"]), bool(a.get("ceil_mode", 0))
-    padded, pads = _padded("AveragePool", a, x, sides)
-    pool: Callable[..., Tensor] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[sides - 1]
-    strides, counted = a.get("strides", [1] * sides), bool(a.get("count_include_pad", 0))
-    y = pool(padded, a["kernel_shape"], strides, pads, ceil, counted)
-    if counted or padded is x:
-        return y
-    # Pads written into the input were averaged too: divide by the share of the window that was image.
-    image, _ = _padded("AveragePool", a, torch.ones_like(x[:1, :1]), sides)
-    return y / pool(image, a["kernel_shape"], strides, pads, ceil, counted)
+def group_norm(a: Attributes, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """From opset 21 on gamma and beta have one entry per channel, before that one per group."""
+    groups, channels = a["num_groups"], x.shape[1]
+    gamma, beta = (t if t.numel() == channels else t.repeat_interleave(channels // groups) for t in (gamma, beta))
+    return F.group_norm(x, groups, gamma, beta, a.get("epsilon", 1e-5))
 
 
-def global_average_pool(a: Attributes, x: Tensor) -> Tensor:
-    del a
-    return x.mean(tuple(range(2, x.dim())), keepdim=True)
+def lp_norm(a: Attributes, x: Tensor) -> Tensor:
+    axis = a.get("axis", -1)
+    length: Tensor = torch.linalg.vector_norm(x, a.get("p", 2), axis, keepdim=True)
+    return torch.where(length > 0, x / length, 0.0)
+
+
+def local_response_norm(a: Attributes, x: Tensor) -> Tensor:
+    """x / (bias + alpha / size * the squares of `size` neighbouring channels)^beta."""
+    size = a["size"]
+    flat = F.pad(x.square().flatten(2), (0, 0, (size - 1) // 2, size // 2))
+    sums = sum(flat[:, at : at + x.shape[1]] for at in range(size))
+    scale: Tensor = (a.get("bias", 1.0) + a.get("alpha", 1e-4) / size * sums) ** a.get("beta", 0.75)
+    return x / scale.view(x.shape)
 
 
 def softmax(a: Attributes, x: Tensor) -> Tensor:
-    return x.softmax(a.get("axis", -1))
+    return _along(a, x, torch.softmax)
 
 
 def log_softmax(a: Attributes, x: Tensor) -> Tensor:
-    return x.log_softmax(a.get("axis", -1))
+    return _along(a, x, torch.log_softmax)
 
 
 def clip(a: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-    del a
+    low, high = a.get("min", low), a.get("max", high)  # attributes before opset 11
     return x if low is None and high is None else x.clamp(low, high)
 
 
@@ -97,6 +88,25 @@ def gelu(a: Attributes, x: Tensor) -> Tensor:
     return y
 
 
+def swish(a: Attributes, x: Tensor) -> Tensor:
+    gate: Tensor = a.get("alpha", 1.0) * x
+    return x * gate.sigmoid()
+
+
+def celu(a: Attributes, x: Tensor) -> Tensor:
+    return F.celu(x, a.get("alpha", 1.0))
+
+
+def selu(a: Attributes, x: Tensor) -> Tensor:
+    alpha, gamma = a.get("alpha", 1.6732632423543772), a.get("gamma", 1.0507009873554805)
+    y: Tensor = gamma * torch.where(x > 0, x, alpha * x.clamp(max=0).expm1())
+    return y
+
+
+def thresholded_relu(a: Attributes, x: Tensor) -> Tensor:
+    return torch.where(x > a.get("alpha", 1.0), x, 0.0)
+
+
 def leaky_relu(a: Attributes, x: Tensor) -> Tensor:
     return F.leaky_relu(x, a.get("alpha", 0.01))
 
@@ -105,26 +115,22 @@ def elu(a: Attributes, x: Tensor) -> Tensor:
     return F.elu(x, a.get("alpha", 1.0))
 
 
-def reduce_mean(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
-    found = _axes(a, x, axes)
-    return x if found is None else x.mean(found, keepdim=bool(a.get("keepdims", 1)))
+def reduction(
+    run: Callable[[Tensor, tuple[int, ...], bool], Tensor], each: Callable[[Tensor], Tensor]
+) -> Callable[..., Tensor]:
+    """An operator over axes: `run(x, axes, keep)`, and `each(x)` where the node says that no axes means none."""
+
+    def reduce(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
+        found = _axes(a, x, axes)
+        return each(x) if found is None else run(x, found, bool(a.get("keepdims", 1)))
+
+    return reduce
 
 
-def reduce_sum(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
-    found = _axes(a, x, axes)
-    return x if found is None else x.sum(found, keepdim=bool(a.get("keepdims", 1)))
-
-
-def reduce_max(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
-    found = _axes(a, x, axes)
-    return x if found is None else x.amax(found, keepdim=bool(a.get("keepdims", 1)))
-
-
-def reduce_l2(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
-    found = _axes(a, x, axes)
-    if found is None:
-        return x.abs()
-    return x.square().sum(found, keepdim=bool(a.get("keepdims", 1))).sqrt()
+def product(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
+    for axis in sorted((axis % x.dim() for axis in axes), reverse=True):
+        x = x.prod(axis, keepdim=keep)
+    return x
 
 
 def quantize_linear(a: Attributes, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
@@ -156,17 +162,9 @@ def _axes(a: Attributes, x: Tensor, axes: Tensor | None) -> tuple[int, ...] | No
     return None if a.get("noop_with_empty_axes", 0) else tuple(range(x.dim()))
 
 
-def _uneven(a: Attributes, sides: int) -> bool:
-    pads = a.get("pads", [0] * 2 * sides)
-    return list(pads[:sides]) != list(pads[sides:])
-
-
-def _padded(operator: str, a: Attributes, x: Tensor, sides: int) -> tuple[Tensor, Sequence[int]]:
-    """The input and the symmetric pads that torch takes; others are written into the input."""
-    pads: Sequence[int] = a.get("pads", [0] * 2 * sides)
-    # torch's pooling refuses pads beyond half of its kernel, so those are written into the input too.
-    wide = operator != "Conv" and any(2 * pad > size for pad, size in zip(pads, a["kernel_shape"], strict=False))
-    if not wide and not _uneven(a, sides):
-        return x, pads[:sides]
-    pairs = [side for axis in reversed(range(sides)) for side in (pads[axis], pads[sides + axis])]
-    return F.pad(x, pairs, value=_LEAST[operator]), [0] * sides
+def _along(a: Attributes, x: Tensor, run: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Over one axis; before opset 13 (`joint`) over all axes from the given one on, together."""
+    axis = a.get("axis", -1)
+    if not a.get("joint", 0) or axis % x.dim() == x.dim() - 1:
+        return run(x, axis)
+    return run(x.flatten(axis), axis % x.dim()).view(x.shape)

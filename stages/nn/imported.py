@@ -7,32 +7,30 @@ half-precision weights, rounding where the graph casts; gradients never are in h
 that only a 1x1 convolution reads are computed with it as one dense convolution, where that is quicker to differentiate.
 """
 
-import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import numpy_helper
 from torch import Tensor, nn
 
 from stages.method import InputError
-from stages.nn._onnx_ops import OPERATORS, Operator, objection
+from stages.nn import _onnx_graph as read
+from stages.nn._onnx_batch import freed
+from stages.nn._onnx_ops import OPERATORS
 from stages.nn._onnx_separable import merge
 from stages.nn._onnx_tidy import fold_constants
+from stages.seeding import generator
 
-_OLDEST = 13
-_SMALL = 1 << 16
-_DOMAINS = ("", "ai.onnx")
+_SAME = 1e-4
+_QUANTISED = {"QuantizeLinear", "DequantizeLinear"}
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    run: Operator
+    operator: str
     attributes: Mapping[str, Any]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -40,7 +38,11 @@ class _Step:
 
 
 class Twin(nn.Module):
-    """Images [B, C, H, W] -> logits [B, K], node by node. Constants are buffers, so nothing here trains."""
+    """Images [B, ...] -> the graph's output [B, ...], node by node. Constants are buffers, so nothing here trains.
+
+    `quantised` says that there are Q/DQ nodes in it; `piece` that the graph works on exactly so many images at once, in
+    which case longer batches go through it one piece after the other.
+    """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__()
@@ -51,90 +53,105 @@ class Twin(nn.Module):
         self._buffers_of: dict[str, str] = {}
         self._indices: dict[str, Tensor] = {}
         for number, tensor in enumerate(graph.initializer):
-            value = _tensor(tensor)
+            value = read.constant(tensor)
             if value.dtype == torch.int64:
                 # Shapes and indices: read on the CPU, whatever the device.
                 self._indices[tensor.name] = value
             else:
                 self._buffers_of[tensor.name] = f"constant{number}"
                 self.register_buffer(f"constant{number}", value)
-        self._steps = _steps(graph)
+        self._steps = _steps(graph, read.opset(model))
+        self.quantised = any(node.op_type in _QUANTISED for node in graph.node)
+        self.piece: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        known: dict[str, Tensor] = {self._input: x, **self._indices}
-        known |= {name: self.get_buffer(buffer) for name, buffer in self._buffers_of.items()}
+        if self.piece is None:
+            return self._through(x)
+        short = -len(x) % self.piece
+        whole = x if short == 0 else torch.cat([x, x[-1:].expand(short, *x.shape[1:])])
+        return torch.cat([_batched(self._through(part), self.piece) for part in torch.split(whole, self.piece)])[
+            : len(x)
+        ]
+
+    def _through(self, x: Tensor) -> Tensor:
+        known = self._start(x)
         for step in self._steps:
-            results = step.run(step.attributes, *(known[name] if name else None for name in step.inputs))
-            results = (results,) if isinstance(results, Tensor) else results
-            known.update(zip(step.outputs, results, strict=False))
-            for name in step.spent:
-                del known[name]
+            _take(step, known)
         return known[self._output].to(torch.float32)
 
+    def _start(self, x: Tensor) -> dict[str, Tensor]:
+        known: dict[str, Tensor] = {self._input: x, **self._indices}
+        return known | {name: self.get_buffer(buffer) for name, buffer in self._buffers_of.items()}
 
-def imported(source: Path | bytes) -> Twin:
+    @torch.no_grad()
+    def free(self, shape: Sequence[int]) -> None:
+        """Take any number of images where the graph was made for shape[0]: targets of Reshape are rewritten.
+
+        `shape` is that of the input. What came of it is compared with the graph as it is, half by half; where the
+        outputs are not the same, `piece` is set instead.
+        """
+        batch = shape[0]
+        x = torch.rand(2 * batch, *shape[1:], generator=generator(0, "free batch"))
+        halves = [_batched(self._through(half), batch) for half in torch.split(x, batch)]
+        kept = self._steps, dict(self._indices)
+        try:
+            self._steps = tuple(self._freed(x, batch))
+            if _same(torch.cat(halves), self._through(x)):
+                return
+        except (RuntimeError, IndexError):
+            pass  # an operator found a shape that does not fit: then the graph knows its batch elsewhere too
+        self._steps, self._indices = kept
+        self.piece = batch
+
+    def _freed(self, x: Tensor, batch: int) -> Iterator[_Step]:
+        """The steps, every Reshape with a target that keeps the images apart; walked with few and with many images."""
+        small, large = self._start(x[:batch]), self._start(x)
+        for number, step in enumerate(self._steps):
+            found, target = step, self._indices.get(step.inputs[1]) if step.operator == "Reshape" else None
+            if target is None:
+                _take(step, small)
+            else:
+                few, many = small[step.inputs[0]].shape, large[step.inputs[0]].shape
+                _take(step, small)
+                sizes = freed(target.tolist(), few, many, small[step.outputs[0]].shape, batch)
+                if sizes is not None and sizes != target.tolist():
+                    name = f"target{number}"
+                    self._indices[name] = large[name] = small[name] = torch.tensor(sizes)
+                    found = replace(step, inputs=(step.inputs[0], name), attributes={})
+            _take(found, large)
+            yield found
+
+
+def imported(source: Path | bytes, shape: Sequence[int] | None = None) -> Twin:
     """The twin of an ONNX file, or of its bytes, in eval mode.
 
-    Raises `InputError` for what is not ONNX, has other than one image in and one array of logits out, or holds an
-    operator without a twin (naming it, its node, and what to do).
+    Of several outputs it takes the one that is called "logits". `shape` is that of one input without the batch, for
+    files that leave it open. Raises `InputError` for what is not ONNX, has other than one image in and one array of
+    logits out, or holds an operator without a twin (naming it, its node, and what to do).
     """
     where = str(source) if isinstance(source, Path) else "the ONNX graph"
-    try:
-        model = onnx.load_model_from_string(source.read_bytes() if isinstance(source, Path) else source)
-        onnx.checker.check_model(model)
-    except OSError as error:
-        raise InputError(f"{where}: cannot be read: {error.strerror}") from error
-    except (DecodeError, onnx.checker.ValidationError) as error:
-        raise InputError(f"{where}: expected an ONNX model, got: {error}") from error
-    _readable(model, where)
+    model = read.loaded(source, where)
+    read.readable(model, where)
     fold_constants(model)
-    _unobjectionable(model, where)
+    read.unobjectionable(model, where)
     merge(model)
-    return Twin(model).eval()
+    twin = Twin(model).eval()
+    known = read.declared(model.graph, shape)
+    if known is not None:
+        try:
+            twin.free(known)
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
+            raise InputError(f"{where}: its torch twin does not run on {known}: {error}") from error
+    return twin
 
 
-def _readable(model: onnx.ModelProto, where: str) -> None:
-    """One image in, logits out, a current opset, and operators of the table only."""
-    graph = model.graph
-    constants = {tensor.name for tensor in graph.initializer}
-    inputs = [value.name for value in graph.input if value.name not in constants]
-    if len(inputs) != 1 or len(graph.output) != 1:
-        raise InputError(f"{where}: expected one input and one output, got {len(inputs)} and {len(graph.output)}")
-    opset = max((entry.version for entry in model.opset_import if entry.domain in _DOMAINS), default=0)
-    if opset < _OLDEST:
-        raise InputError(f"{where}: expected opset {_OLDEST} or newer, got {opset}; convert it with onnx's converter")
-    for node in graph.node:
-        if node.domain not in _DOMAINS or node.op_type not in {*OPERATORS, "Constant"}:
-            close = difflib.get_close_matches(node.op_type, OPERATORS, n=1)
-            raise _no_twin(where, node, f"nearest is {close[0]}" if close else "nothing like it is in the table")
-
-
-def _unobjectionable(model: onnx.ModelProto, where: str) -> None:
-    """Attributes and small constants (zero points, flags) are such that the table's operators compute them."""
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        known = [constants.get(name) for name in node.input]
-        small = [None if tensor is None or tensor.ByteSize() > _SMALL else _tensor(tensor) for tensor in known]
-        reason = objection(node.op_type, _attributes(node), small)
-        if reason is not None:
-            raise _no_twin(where, node, reason)
-
-
-def _no_twin(where: str, node: onnx.NodeProto, reason: str) -> InputError:
-    name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-    return InputError(
-        f'{where}: node "{node.name}": operator {name} has no torch twin: {reason}; '
-        "replace it in the graph, or add it to stages/nn/_onnx_ops.py"
-    )
-
-
-def _steps(graph: onnx.GraphProto) -> tuple[_Step, ...]:
+def _steps(graph: onnx.GraphProto, opset: int) -> tuple[_Step, ...]:
     last = {name: position for position, node in enumerate(graph.node) for name in (*node.input, *node.output)}
     keep = {graph.output[0].name, *(tensor.name for tensor in graph.initializer)}
     return tuple(
         _Step(
-            run=OPERATORS[node.op_type],
-            attributes=_attributes(node),
+            operator=node.op_type,
+            attributes=read.attributes(node, opset),
             inputs=tuple(node.input),
             outputs=tuple(node.output),
             spent=tuple(_last_uses(node, position, last, keep)),
@@ -143,20 +160,24 @@ def _steps(graph: onnx.GraphProto) -> tuple[_Step, ...]:
     )
 
 
+def _take(step: _Step, known: dict[str, Tensor]) -> None:
+    """One node: its results join what is known, and what nobody reads any more leaves."""
+    results = OPERATORS[step.operator](step.attributes, *(known[name] if name else None for name in step.inputs))
+    known.update(zip(step.outputs, (results,) if isinstance(results, Tensor) else results, strict=False))
+    for name in step.spent:
+        del known[name]
+
+
+def _batched(y: Tensor, batch: int) -> Tensor:
+    """A graph made for one image may answer without a batch."""
+    return y if y.dim() > 1 and y.shape[0] == batch else y.reshape(batch, -1)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    scale = float(one.abs().max()) if one.isfinite().all() else 1.0
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=_SAME * scale, equal_nan=True)
+
+
 def _last_uses(node: onnx.NodeProto, position: int, last: Mapping[str, int], keep: set[str]) -> Sequence[str]:
     """What nobody reads after this node, so that its memory can go."""
     return sorted({name for name in node.input if name and last[name] == position} - keep)
-
-
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-    if node.op_type == "Split" and len(node.input) < 2:
-        found.setdefault("num_outputs", len(node.output))  # before opset 18 the outputs themselves say so
-    return {name: _tensor(value) if isinstance(value, onnx.TensorProto) else value for name, value in found.items()}
-
-
-def _tensor(stored: onnx.TensorProto) -> Tensor:
-    array = numpy_helper.to_array(stored)
-    if array.dtype == np.float16 or array.dtype.name == "bfloat16":
-        array = array.astype(np.float32)
-    return torch.from_numpy(np.array(array))

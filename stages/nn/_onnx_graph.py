@@ -1,0 +1,133 @@
+"""An ONNX file as the twin reads it: loaded, cut down to the way from image to logits, and checked node by node."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import numpy_helper
+from torch import Tensor
+
+from stages.method import InputError
+from stages.nn._onnx_ops import OPERATORS, objection
+
+LOGITS = "logits"
+_OLDEST = 8
+_JOINT = 13  # before it, softmax was over all axes from `axis` on
+_SMALL = 1 << 16
+_DOMAINS = ("", "ai.onnx")
+_TYPES = {"float32", "float64", "int64", "int32", "int16", "uint16", "int8", "uint8", "bool"}
+_NARROW = {"float16": np.float32, "bfloat16": np.float32, "int4": np.int8, "uint4": np.uint8}
+
+
+def loaded(source: Path | bytes, where: str) -> onnx.ModelProto:
+    """The model with its weights, without local functions, and with the nodes that lead to the logits alone."""
+    try:
+        model = onnx.load(source) if isinstance(source, Path) else onnx.load_model_from_string(source)
+        onnx.checker.check_model(source if isinstance(source, Path) else model)
+    except OSError as error:
+        raise InputError(f"{where}: cannot be read: {error.strerror or error}") from error
+    except (DecodeError, onnx.checker.ValidationError) as error:
+        raise InputError(f"{where}: expected an ONNX model, got: {error}") from error
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    graph = model.graph
+    if len(graph.output) > 1 and LOGITS in {output.name for output in graph.output}:
+        chosen = next(output for output in graph.output if output.name == LOGITS)
+        del graph.output[:]
+        graph.output.append(chosen)
+    _drop_unread(graph)
+    return model
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    needed = {output.name for output in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            kept.append(node)
+            # A subgraph may read any value of the graph around it.
+            needed.update(node.input)
+            needed.update(name for a in node.attribute for part in a.g.node for name in part.input)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+
+
+def declared(graph: onnx.GraphProto, shape: Sequence[int] | None) -> list[int] | None:
+    """The input's shape with a batch of one where that is open; None where other sizes are and `shape` does not say."""
+    constants = {tensor.name for tensor in graph.initializer}
+    dims = next(value for value in graph.input if value.name not in constants).type.tensor_type.shape.dim
+    sizes = [dim.dim_value for dim in dims]
+    if not sizes:
+        return None
+    rest = sizes[1:] if shape is None else list(shape)
+    return [max(sizes[0], 1), *rest] if min(rest, default=1) > 0 else None
+
+
+def readable(model: onnx.ModelProto, where: str) -> None:
+    """One image in, logits out, an opset that we know, and operators of the table only."""
+    graph = model.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    inputs = [value.name for value in graph.input if value.name not in constants]
+    if len(inputs) != 1 or len(graph.output) != 1:
+        raise InputError(
+            f"{where}: expected one input and one output (or one called {LOGITS}), "
+            f"got {len(inputs)} and {len(graph.output)}"
+        )
+    if opset(model) < _OLDEST:
+        raise InputError(
+            f"{where}: expected opset {_OLDEST} or newer, got {opset(model)}; convert it with onnx's converter"
+        )
+    for node in graph.node:
+        if node.domain not in _DOMAINS or node.op_type not in {*OPERATORS, "Constant"}:
+            close = difflib.get_close_matches(node.op_type, OPERATORS, n=1)
+            raise _no_twin(where, node, f"nearest is {close[0]}" if close else "nothing like it is in the table")
+
+
+def opset(model: onnx.ModelProto) -> int:
+    return max((entry.version for entry in model.opset_import if entry.domain in _DOMAINS), default=0)
+
+
+def unobjectionable(model: onnx.ModelProto, where: str) -> None:
+    """Attributes and small constants (zero points, flags) are such that the table's operators compute them."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        known = [constants.get(name) for name in node.input]
+        try:
+            small = [None if tensor is None or tensor.ByteSize() > _SMALL else constant(tensor) for tensor in known]
+            reason = objection(node.op_type, attributes(node, opset(model)), small)
+        except InputError as error:
+            reason = str(error)
+        if reason is not None:
+            raise _no_twin(where, node, reason)
+
+
+def _no_twin(where: str, node: onnx.NodeProto, reason: str) -> InputError:
+    name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+    return InputError(
+        f'{where}: node "{node.name}": operator {name} has no torch twin: {reason}; '
+        "replace it in the graph, or add it to stages/nn/_onnx_ops.py"
+    )
+
+
+def attributes(node: onnx.NodeProto, opset: int) -> dict[str, Any]:
+    found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    if node.op_type == "Split" and len(node.input) < 2 and "split" not in found:
+        found.setdefault("num_outputs", len(node.output))  # before opset 18 the outputs themselves say so
+    if node.op_type in ("Softmax", "LogSoftmax") and opset < _JOINT:
+        found = {"axis": 1, "joint": 1, **found}
+    return {name: constant(value) if isinstance(value, onnx.TensorProto) else value for name, value in found.items()}
+
+
+def constant(stored: onnx.TensorProto) -> Tensor:
+    """Raises `InputError` for numbers that torch does not compute with."""
+    array = numpy_helper.to_array(stored)
+    if array.dtype.name in _NARROW:
+        array = array.astype(_NARROW[array.dtype.name])
+    if array.dtype.name not in _TYPES:
+        raise InputError(f'its constant "{stored.name}" is of type {array.dtype.name}')
+    return torch.from_numpy(np.array(array))
