@@ -69,7 +69,7 @@ class Attack(Method):
         if threat.norm not in self.norms:
             raise InputError(
                 f"{self.kind}: expected a threat in {' or '.join(sorted(self.norms))}, got {threat.norm}; "
-                'for l1 there is "pgd"'
+                '"pgd", "apgd", "fab" and "square" know every norm'
             )
 
     @abstractmethod

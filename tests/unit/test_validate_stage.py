@@ -269,11 +269,12 @@ def test_a_bad_section_is_refused(section: dict[str, Any], message: str) -> None
         validate.Config.load(section)
 
 
-def test_an_attack_without_a_version_for_the_norm_is_refused_by_the_plan() -> None:
+def test_an_attack_without_a_version_for_the_norm_is_refused_by_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PLANTED)
     task = {**TASK, "threat": {"norm": "l1", "eps": 1.0}}
-    with pytest.raises(InputError, match='apgd: expected a threat in l2 or linf, got l1; for l1 there is "pgd"'):
-        validate.measures(validate.Config(), task)
-    assert validate.measures(validate.Config.load({"attacks": ["pgd"]}), task)
+    with pytest.raises(InputError, match="temper_one_sided: expected a threat in linf, got l1"):
+        validate.measures(validate.Config.load({"attacks": ["temper_one_sided"]}), task)
+    assert validate.measures(validate.Config(), task)
 
 
 def test_too_few_samples_for_the_classes_are_refused(tmp_path: Path) -> None:

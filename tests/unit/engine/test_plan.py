@@ -19,6 +19,7 @@ from pipeline.engine.plan import plan
 from pipeline.engine.step import Plan, Step
 
 TASK = '[task]\ndata = "digits"\nthreat = { norm = "linf", eps = "0.1" }\n'
+PLANTED = Path(__file__).resolve().parents[2] / "planted"
 Planned = Callable[..., Plan]
 
 
@@ -164,10 +165,13 @@ def test_an_unknown_preset_gets_the_nearest() -> None:
         read(preset="digit")
 
 
-def test_an_attack_that_has_no_version_for_the_norm_is_found_in_every_stage_that_names_it(planned: Planned) -> None:
+def test_an_attack_that_has_no_version_for_the_norm_is_found_in_every_stage_that_names_it(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(PLANTED)
     l1 = TASK.replace("linf", "l1")
     pgd = '[stages.export]\nattacks = ["pgd"]\n[stages.validate]\nattacks = ["pgd"]\n'
-    found = refused(planned, f"{l1}{pgd.replace(chr(34) + 'pgd' + chr(34), chr(34) + 'apgd' + chr(34))}")
+    found = refused(planned, f"{l1}{pgd.replace(chr(34) + 'pgd' + chr(34), chr(34) + 'temper_one_sided' + chr(34))}")
     assert [line.partition(":")[2].partition(" ")[2].split(":")[0] for line in found] == [
         "stages.validate",
         "stages.export.attempts",  # the reference target's attempts hold its config

@@ -24,6 +24,7 @@ from stages.remeasure import positions, suspicious
 from stages.task import Splits, Task
 from targets.runtime.ort import OrtEngine
 
+PLANTED = Path(__file__).resolve().parents[2] / "planted"
 TASK = {"data": "digits", "threat": {"norm": "linf", "eps": 0.1}, "train_samples": 400}
 QUICK: dict[str, Any] = {
     "exporter": "legacy",
@@ -227,13 +228,16 @@ def test_a_graph_that_is_not_the_network_is_refused(made: dict[str, Result], val
         check_export(net, good, splits)
 
 
-def test_what_cannot_be_met_is_known_before_anything_runs() -> None:
+def test_what_cannot_be_met_is_known_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PLANTED)
     with pytest.raises(BadInput, match='no precision "int4"; there is fp32'):
         export.measures(export.Config.load({"precision": "int4"}), TASK)
     with pytest.raises(BadInput, match='no pass "fp61"; did you mean "fp16"'):
         export.Config.load({"precisions": {"fp32": ["fp61"]}})
-    with pytest.raises(InputError, match="apgd: expected a threat in l2 or linf, got l1"):
-        export.measures(export.Config.load({"attacks": ["apgd"]}), {**TASK, "threat": {"norm": "l1", "eps": 0.5}})
+    with pytest.raises(InputError, match="temper_one_sided: expected a threat in linf, got l1"):
+        export.measures(
+            export.Config.load({"attacks": ["temper_one_sided"]}), {**TASK, "threat": {"norm": "l1", "eps": 0.5}}
+        )
 
 
 def test_calibration_is_half_clean_and_half_attacked_within_the_threat(validated: Files, splits: Splits) -> None:
