@@ -24,13 +24,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "square": {"queries": 200},
     "auto": {"steps": 20, "queries": 150},
     "worst_of": {"attacks": ["fgsm", {"kind": "pgd", "steps": 5}]},
+    "latent": {"epochs": 4, "hidden": 16, "samples": 32},
+    "ai_gan": {"epochs": 5, "width": 4, "batch": 64, "lr": 0.02},
 }
 KINDS = names(FOLDER)
 COMPOSED = {"worst_of", "auto"}
 # One step along the gradient at x is not meant to find what brute force finds.
 ONE_STEP = {"fgsm"}
+# What is learnt beforehand from other images is one guess for each of these; it only has to be sound.
+LEARNT = {"latent", "ai_gan"}
 # Share of the optimum that is reached on a linear net with rough weights; windows of three pixels and more are coarse.
-REACH: dict[tuple[str, Norm], float] = {("square", "l2"): 0.4}
+REACH: dict[tuple[str, Norm], float] = {("square", "l2"): 0.4, ("latent", "l1"): 0.4, ("ai_gan", "linf"): 0.4}
 
 
 def attack(kind: str) -> Attack:
@@ -39,6 +43,17 @@ def attack(kind: str) -> Attack:
 
 def made(data: object) -> Attack:
     return load(FOLDER, Attack, data)  # type: ignore[type-abstract]
+
+
+def ready(kind: str, net: nn.Module, x: Tensor) -> Attack:
+    """The attack, taught on a few batches of noise like x that the network itself has labelled."""
+    rng = generator(2, "taught")
+    batches = []
+    for _ in range(4):
+        noise = x[torch.randint(len(x), (64,), generator=rng)] + 0.2 * torch.randn(64, *x.shape[1:], generator=rng)
+        with torch.no_grad():
+            batches.append((noise.clamp(0, 1), net(noise.clamp(0, 1)).argmax(1)))
+    return attack(kind).prepare(net, iter(batches), generator(3, "taught"))
 
 
 def cases() -> Iterator[tuple[str, Norm]]:
@@ -98,8 +113,8 @@ def test_it_stays_in_ball_and_range_even_before_the_call_projects(kind: str, nor
     net, threat = small_net(), Threat(norm=norm, eps=eps)
     x, y = images(net)
     for found in (
-        attack(kind)(net, x, y, threat, generator(0)),
-        attack(kind).perturb(net, x, y, threat, generator(0)),
+        ready(kind, net, x)(net, x, y, threat, generator(0)),
+        ready(kind, net, x).perturb(net, x, y, threat, generator(0)),
     ):
         assert found.shape == x.shape
         assert found.dtype == x.dtype
@@ -113,15 +128,15 @@ def test_it_stays_in_ball_and_range_even_before_the_call_projects(kind: str, nor
 def test_linf_stays_in_the_ball_to_a_millionth(kind: str) -> None:
     net, threat = small_net(), Threat(norm="linf", eps=8 / 255)
     x, y = images(net)
-    assert float((attack(kind).perturb(net, x, y, threat, generator(0)) - x).abs().max()) <= 8 / 255 + 1e-6
+    assert float((ready(kind, net, x).perturb(net, x, y, threat, generator(0)) - x).abs().max()) <= 8 / 255 + 1e-6
 
 
 @pytest.mark.parametrize(("kind", "norm"), CASES)
 def test_at_eps_zero_nothing_moves(kind: str, norm: Norm) -> None:
     net = small_net()
     x, y = images(net)
-    assert torch.equal(attack(kind)(net, x, y, Threat(norm=norm, eps=0), generator(0)), x)
-    assert torch.allclose(attack(kind).perturb(net, x, y, Threat(norm=norm, eps=0), generator(0)), x, atol=1e-7)
+    assert torch.equal(ready(kind, net, x)(net, x, y, Threat(norm=norm, eps=0), generator(0)), x)
+    assert torch.allclose(ready(kind, net, x).perturb(net, x, y, Threat(norm=norm, eps=0), generator(0)), x, atol=1e-7)
 
 
 @pytest.mark.parametrize(("kind", "norm"), CASES)
@@ -129,7 +144,7 @@ def test_same_seed_same_answer_and_the_global_generator_stays(kind: str, norm: N
     net, threat = small_net(), Threat(norm=norm, eps=2 * EPS[norm])
     x, y = images(net)
     before = torch.random.get_rng_state()
-    first, second = (attack(kind).perturb(net, x, y, threat, generator(4)) for _ in range(2))
+    first, second = (ready(kind, net, x).perturb(net, x, y, threat, generator(4)) for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -145,7 +160,7 @@ def test_the_network_is_left_as_it_was(kind: str, norm: Norm, training: bool) ->
     modes = [module.training for module in net.modules()]
     flags = [parameter.requires_grad for parameter in net.parameters()]
     x, y = images(small_net())
-    attack(kind)(net, x, y, Threat(norm=norm, eps=EPS[norm]), generator(0))
+    ready(kind, net, x)(net, x, y, Threat(norm=norm, eps=EPS[norm]), generator(0))
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     assert [module.training for module in net.modules()] == modes
     assert [parameter.requires_grad for parameter in net.parameters()] == flags
@@ -165,7 +180,7 @@ def test_an_oracle_charges_every_pass_to_the_examples_that_were_in_it(kind: str,
         return out
 
     oracle = Oracle.of(counted, len(x))
-    one = attack(kind)
+    one = ready(kind, net, x)
     plain, charged = (one.perturb(how, x, y, threat, generator(0)) for how in (net, oracle))
     assert torch.equal(plain, charged)
     spent = int(oracle.spent.queries.sum())
@@ -182,7 +197,7 @@ def test_inputs_are_not_written_to(kind: str, norm: Norm) -> None:
     net = small_net()
     x, y = images(net)
     x_before, y_before = x.clone(), y.clone()
-    attack(kind)(net, x, y, Threat(norm=norm, eps=EPS[norm]), generator(0))
+    ready(kind, net, x)(net, x, y, Threat(norm=norm, eps=EPS[norm]), generator(0))
     assert torch.equal(x, x_before)
     assert torch.equal(y, y_before)
     assert not x.requires_grad
@@ -193,7 +208,7 @@ def test_wrong_examples_and_unbroken_ones_come_back_as_they_are(kind: str, norm:
     net, threat = small_net(), Threat(norm=norm, eps=EPS[norm])
     x, y = images(net)
     y[::3] = (y[::3] + 1) % 4
-    found = attack(kind)(net, x, y, threat, generator(0))
+    found = ready(kind, net, x)(net, x, y, threat, generator(0))
     moved = (found != x).flatten(1).any(1)
     with torch.no_grad():
         right, after = net(x).argmax(1) == y, net(found).argmax(1) == y
@@ -204,13 +219,13 @@ def test_wrong_examples_and_unbroken_ones_come_back_as_they_are(kind: str, norm:
 @pytest.mark.parametrize(("kind", "norm"), CASES)
 def test_on_a_linear_net_it_breaks_nothing_that_is_beyond_the_optimum(kind: str, norm: Norm) -> None:
     net, x, y, threat = with_leads(norm, 1.001)
-    assert torch.equal(attack(kind)(net, x, y, threat, generator(0)), x)
+    assert torch.equal(ready(kind, net, x)(net, x, y, threat, generator(0)), x)
 
 
 @pytest.mark.parametrize(("kind", "norm"), CASES)
 def test_on_a_linear_net_it_breaks_what_is_well_within_the_optimum(kind: str, norm: Norm) -> None:
     net, x, y, threat = with_leads(norm, REACH.get((kind, norm), 0.7))
-    found = attack(kind)(net, x, y, threat, generator(0))
+    found = ready(kind, net, x)(net, x, y, threat, generator(0))
     assert bool((found != x).flatten(1).any(1).all())
 
 
@@ -246,9 +261,9 @@ def test_it_agrees_with_brute_force_on_two_pixels(kind: str, norm: Norm) -> None
     net, x, y, threat = tiny_problem(norm)
     lowest = brute_force(net, x, y, threat)
     assert 5 < int((lowest < 0).sum()) < 35
-    broken = (attack(kind)(net, x, y, threat, generator(0)) != x).flatten(1).any(1)
+    broken = (ready(kind, net, x)(net, x, y, threat, generator(0)) != x).flatten(1).any(1)
     assert not bool(broken[lowest > 0.05].any())
-    if kind not in ONE_STEP:
+    if kind not in ONE_STEP | LEARNT:
         assert int((~broken[lowest < -0.05]).sum()) <= 1
 
 
@@ -256,9 +271,9 @@ def test_it_agrees_with_brute_force_on_two_pixels(kind: str, norm: Norm) -> None
 def test_it_takes_a_batch_of_one_and_works_under_autocast(kind: str) -> None:
     net, threat = small_net(), Threat(norm="linf", eps=0.1)
     x, y = images(net)
-    attack(kind)(net, x[:1], y[:1], threat, generator(0))
+    ready(kind, net, x)(net, x[:1], y[:1], threat, generator(0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = attack(kind)(net, x, y, threat, generator(0))
+        found = ready(kind, net, x)(net, x, y, threat, generator(0))
     assert found.dtype == torch.float32
 
 
@@ -267,7 +282,7 @@ def test_evaluation_with_it_is_repeatable_and_never_above_clean(kind: str) -> No
     net, threat = small_net(), Threat(norm="linf", eps=0.02)
     x, y = images(net)
     y[:4] = (y[:4] + 1) % 4
-    first, second = (under_attack(net, attack(kind), x, y, threat, 3, batch=5) for _ in range(2))
+    first, second = (under_attack(net, ready(kind, net, x), x, y, threat, 3, batch=5) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
     assert not bool(first[0][:4].any())
