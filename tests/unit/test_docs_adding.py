@@ -44,9 +44,9 @@ def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Modul
 
 
 def test_the_attack_works(examples: dict[str, ModuleType]) -> None:
-    attack = examples["mi_fgsm"].MIFGSM(steps=5)
+    attack = examples["ni_fgsm"].NIFGSM(steps=5)
     assert isinstance(attack, Attack)
-    assert attack.dump() == {"kind": "mi_fgsm", "steps": 5, "decay": 1.0}
+    assert attack.dump() == {"kind": "ni_fgsm", "steps": 5, "decay": 1.0}
     net, x, threat = built(arch("small_cnn", (1, 8, 8))), images(30, (1, 8, 8)), Threat(norm="linf", eps=0.5)
     y = net(x).argmax(1)
     x_adv = attack(net, x, y, threat, seeding.generator(0))
