@@ -23,15 +23,15 @@ class CarliniWagner(Attack):
 
     For each example c starts at `price` and grows tenfold until a try of `steps` succeeds; then the interval between
     the highest that failed and the lowest that succeeded is halved, `searches` tries in all. A try succeeds where at
-    some point max_{k != y} z_k - z_y >= confidence; it ends early where a tenth of its steps lowers the objective by
-    less than 0.01 %. An example leaves at its first wrong answer within eps; one that never had any comes back as its
-    nearest wrong point, projected onto the threat. It looks for the least distance, so eps does not steer it.
+    some point max_{k != y} z_k - z_y >= confidence; in its second half it ends once a tenth of its steps lowers the
+    objective by less than 0.01 %. An example leaves at its first wrong answer within eps; one that never had any comes
+    back as its nearest wrong point, projected onto the threat. It looks for the least distance, so eps does not steer.
 
     Source: Carlini and Wagner 2017, "Towards evaluating the robustness of neural networks", sections V and VI (f_6);
     constants after their released code, from memory. Departures: `steps` is 1000 where that code has 10,000; broken
-    examples leave; early ends are per example, where theirs asks for the whole batch; a wrong answer within eps counts
-    whatever the confidence; black and white pixels start 1e-4 of half the range inside, where theirs start 1e-6 and,
-    with tanh flat there, images of nothing else end before they have moved.
+    examples leave; early ends are per example, where theirs ask for the whole batch, and not before the middle; a
+    wrong answer within eps counts whatever the confidence; black and white pixels start 1e-4 of half the range inside,
+    where theirs start 1e-6 and, with tanh flat there, images of nothing else end before they have moved.
     """
 
     steps: int = Field(default=1000, ge=1)
