@@ -4,7 +4,7 @@ The first line is the header, every other line one example. Equal evidence gives
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,6 +13,8 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
+from stages.attacks.auto import standard
+from stages.attacks.base import Attack
 from stages.evaluate import outputs
 from stages.method import InputError, Value
 from stages.nn import _atomic
@@ -25,10 +27,11 @@ CLEAN = "clean"
 T = TypeVar("T", bound=Value)
 
 Strength = Literal["quick", "standard"]
-"""Only the reference ensemble at its reference settings is standard."""
 
-STRENGTH: Strength = "quick"
-"""Every attack set on offer is lighter than the reference ensemble at its reference settings, and says so."""
+
+def strength(attacks: Sequence[Attack]) -> Strength:
+    """Standard is a set that holds the reference ensemble at its reference settings; any other is quick."""
+    return "standard" if standard(attacks) else "quick"
 
 
 class Header(Value):
@@ -61,6 +64,7 @@ class Example(Value):
     `margin_attacked`, `distance` (in the threat's norm) and `attacked` (the prediction) belong to the stored
     adversarial input, which is the one with the lowest margin of all that broke it; an unbroken example is stored as
     it is. `certified` holds sound lower bounds of the margin within the threat, null where a certifier says nothing.
+    `open` marks an example without a verdict: the gate's was certain before its turn came.
     """
 
     index: int
@@ -76,6 +80,7 @@ class Example(Value):
     distance: float
     certified: dict[str, bool]
     certified_margin: dict[str, float | None]
+    open: bool = False
 
 
 @dataclass(frozen=True, slots=True)

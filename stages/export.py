@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 
 from pipeline.core.measurement import exact
 from pipeline.core.stage import Context, Files, Result
-from stages import packing, remeasure
+from stages import evidence, packing, remeasure
 from stages.attacks.base import FOLDER as ATTACKS
 from stages.attacks.base import QUICK, AttackSet
 from stages.evaluate import frozen
@@ -108,7 +108,10 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
         )
         parity = remeasure.parity(net, shipped, splits.holdout, config.holdout_samples)
     ctx.emit("progress", {"label": "measure speed and size", "done": 3, "total": 4})
-    contract = packing.contract(splits, threat, config.precision, config.runtime, config.provider, config.machine)
+    strength = evidence.strength(with_test.attacks)
+    contract = packing.contract(
+        splits, threat, config.precision, config.runtime, config.provider, config.machine, strength
+    )
     bundle = packing.write(ctx.scratch / "bundle", plain, lowered, contract, splits)
     runs = bundle[contract["model"]]
     sizes = (

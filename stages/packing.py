@@ -39,7 +39,13 @@ def write(folder: Path, plain: bytes, lowered: Lowered, contract: Mapping[str, A
 
 
 def contract(
-    splits: Splits, threat: Threat, precision: str, runtime: str, provider: str | None, machine: str | None
+    splits: Splits,
+    threat: Threat,
+    precision: str,
+    runtime: str,
+    provider: str | None,
+    machine: str | None,
+    strength: evidence.Strength,
 ) -> dict[str, Any]:
     """What a reader of the bundle must know before the first image; the engine adds digests and numbers."""
     found = {
@@ -60,6 +66,6 @@ def contract(
         "output": {"name": "logits", "classes": len(splits.classes)},
         "labels": list(splits.classes),
         "threat": {"norm": threat.norm, "eps": threat.eps},
-        "attacks": evidence.STRENGTH,
+        "attacks": strength,
     }
     return {key: value for key, value in found.items() if value is not None}

@@ -33,11 +33,12 @@ _LEVEL = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Struck:
-    """Two accuracies of one split, clean and robust, one bit per example, and what survived, bool [N]."""
+    """Two accuracies of one split, clean and robust, one bit per example; what survived, bool [N], and what."""
 
     measurements: tuple[Measurement, ...]
     outcomes: dict[str, Outcomes]
     alive: Tensor
+    attacks: Sequence[Attack]
 
 
 def on_holdout(
@@ -68,7 +69,8 @@ def on_test(
     told = evidence.read(files["evidence.jsonl"])
     split = test.select(positions(test.indices, stored["indices"]))
     found = _strike("test", shipped, split, stored["x_adv"], same_attacks(attacks, told), threat, seed, emit)
-    findings = suspicious(found.alive, stored.get("survived"), precision)
+    judged = ~stored.get("open", torch.zeros_like(found.alive)).bool()
+    findings = suspicious(found.alive[judged], stored["survived"][judged] if "survived" in stored else None, precision)
     proved = {e.index for e in told.examples if any(e.certified.values())}
     fooled = sum(index in proved for index in split.indices[~found.alive].tolist())
     if fooled:
@@ -161,10 +163,10 @@ def _strike(
     )
     measured, outcomes = [], dict[str, Outcomes]()
     for what, hits in (("clean", clean), ("robust", alive)):
-        measurement, bits = accuracy(f"accuracy.{what}.shipped.{part}", hits, split.indices)
+        measurement, bits = accuracy(f"accuracy.{what}.shipped.{part}", hits, split.indices, evidence.strength(attacks))
         measured.append(measurement)
         outcomes |= bits
-    return Struck(tuple(measured), outcomes, alive)
+    return Struck(tuple(measured), outcomes, alive, attacks)
 
 
 def _progress(emit: Emit, part: str) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stages import evidence
 from stages.attacks.base import Attack
 from stages.data.base import Split
+from stages.early import Early
 from stages.evaluate import confusion, correct, outputs
 from stages.finding import Finding, Point
 from stages.nn import _atomic
@@ -48,6 +49,12 @@ class Struck:
     hits: dict[str, Hit]
     x_adv: Tensor
     stored: list[str | None]
+    early: Early | None = None
+
+    @property
+    def open(self) -> Tensor:
+        """bool [N]: no attack broke it, and not all of them tried, because the gate's verdict was certain before."""
+        return torch.zeros_like(self.alive) if self.early is None else self.early.open
 
     @property
     def alive(self) -> Tensor:
@@ -70,11 +77,11 @@ def write(
     (out / "images").mkdir(parents=True, exist_ok=True)
     rows = examples(scene, struck, proved)
     evidence.write(out / "evidence.jsonl", header, rows)
-    tensors = {"x_adv": struck.x_adv, "indices": scene.indices, "survived": struck.alive}
+    tensors = {"x_adv": struck.x_adv, "indices": scene.indices, "survived": struck.alive, "open": struck.open}
     _atomic.write(out / "adversarial.safetensors", bytes_of({k: v.cpu().contiguous() for k, v in tensors.items()}))
     names = _pictures(scene, struck, images, out)
     figures = {
-        "curve": [_curve_point(point, header.strength) for point in points],
+        "curve": [_curve_point(point) for point in points],
         "confusion": {
             "classes": list(classes),
             "clean": confusion(scene.net, scene.x, scene.y, len(classes)).tolist(),
@@ -85,7 +92,7 @@ def write(
         "attacks": [
             {
                 "name": name,
-                "label": header.strength,
+                "label": evidence.strength([attack]),
                 "settings": attack.dump(),
                 "broken": int((scene.right & ~struck.hits[name].survived).sum()),
             }
@@ -99,6 +106,7 @@ def write(
 
 def examples(scene: Scene, struck: Struck, proved: Proved) -> list[evidence.Example]:
     """One row per image, in the scene's order."""
+    open_ = struck.open.tolist()
     z, attacked = outputs(scene.net, scene.x), outputs(scene.net, struck.x_adv)
     before, after = evidence.lead(z, scene.y), evidence.lead(attacked, scene.y)
     distance = scene.threat.distance(struck.x_adv, scene.x)
@@ -124,6 +132,7 @@ def examples(scene: Scene, struck: Struck, proved: Proved) -> list[evidence.Exam
                 distance=float(distance[i]),
                 certified={name: bool(bits[i]) for name, bits in certified.items()},
                 certified_margin={name: _finite(float(margins[i])) for name, margins in proved.margins.items()},
+                open=open_[i],
             )
         )
     return rows
@@ -149,9 +158,9 @@ def _labels(row: evidence.Example) -> dict[str, int]:
     return {"label": row.label, "clean_prediction": row.clean, "adversarial_prediction": row.attacked}
 
 
-def _curve_point(point: Point, strength: evidence.Strength) -> dict[str, float | str]:
+def _curve_point(point: Point) -> dict[str, float | str]:
     low, high = point.interval
-    label = f"{PROBE.kind} ({strength})"
+    label = f"{PROBE.kind} ({evidence.strength([PROBE])})"
     return {"eps": point.at, "value": point.value, "low": low, "high": high, "attack": label}
 
 

@@ -119,3 +119,14 @@ def strike(
         held, found = under_attack(oracle[chosen], attack, x[chosen], y[chosen], threat, seed, _BATCH, on_step)
         survived[chosen], x_adv[chosen] = held, found
     return Hit(rows, survived, x_adv, oracle.spent)
+
+
+def joined(first: Hit, second: Hit) -> Hit:
+    """One attack's doings on two sets of examples that share none."""
+    wide = second.tried.view((-1,) + (1,) * (first.x_adv.dim() - 1))
+    return Hit(
+        first.tried | second.tried,
+        first.survived & second.survived,
+        torch.where(wide, second.x_adv, first.x_adv),
+        Spent(first.spent.queries + second.spent.queries, first.spent.gradients + second.spent.gradients),
+    )

@@ -1,38 +1,37 @@
 """STAGE 4: attack and certify on the test split; write evidence."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from safetensors.torch import load as tensors_of
-from safetensors.torch import save as bytes_of
 from torch import Tensor
 
-from pipeline.core.measurement import Measurement
+from pipeline.core.gate import Budget
+from pipeline.core.measurement import Measurement, Strength, wilson
 from pipeline.core.record import Outcomes
 from pipeline.core.stage import Context, Files, Result
 from stages import evidence, validity
-from stages.attacks.base import QUICK, Attack, AttackSet
-from stages.bounds.base import AnyCertifier, Certifier
+from stages.attacks.base import QUICK, AttackSet
+from stages.bounds.base import AnyCertifier
 from stages.data._cut import subset
 from stages.data.base import Split
+from stages.early import Early
 from stages.evaluate import OnStep, frozen
 from stages.finding import Finding, Point
 from stages.measure import accuracy
 from stages.method import InputError, Value
-from stages.nn import _atomic, checkpoint
+from stages.nn import checkpoint
 from stages.nn.fold import dense, fold
-from stages.oracle import Spent
 from stages.scene import Scene, Struck, write
 from stages.seeding import derive, generator
+from stages.striking import Striker, kinds
 from stages.task import Task
-from stages.trial import Hit, Proved, prove, spared, strike
+from stages.trial import Proved, prove
 
+ROBUST = "accuracy.robust.test"
 LIBRARIES = ("torch", "numpy", "safetensors", "pydantic", "pillow")
-
-_BATCH = 256
 
 
 class Config(Value):
@@ -44,6 +43,11 @@ class Config(Value):
     attack counts those before it too. Images that `certify`, which may be empty, proves robust are not attacked, but
     for a twentieth of them, at least 50, to test the proofs; classes proved unreachable are no targets.
 
+    `early` is a confidence, 0.99 say: attacking ends as soon as it is that certain what the gate's limit on
+    `accuracy.robust.test`, which is filled in as `stop_at`, will say of all the images under all the attacks, the
+    members of the standard ensemble taken one by one. Images without a verdict of their own are called open; the
+    number that is measured comes with an interval that takes them into account, and there is none for single attacks.
+
     The validity checks and the curve over `curve` times eps use the first `validity_samples` of a further shuffle of
     those images; `images` of the broken ones go into the report.
     """
@@ -51,6 +55,8 @@ class Config(Value):
     samples: int = Field(default=1000, ge=2)
     attacks: AttackSet = Field(default=QUICK, min_length=1, validate_default=True)
     sequence: bool = False
+    early: float | None = Field(default=None, gt=0.5, lt=1)
+    stop_at: float | None = Field(default=None, ge=0, le=1)
     certify: tuple[AnyCertifier, ...] = Field(default=("ibp",), validate_default=True)
     validity_samples: int = Field(default=200, ge=20)
     curve: tuple[Annotated[float, Field(gt=0)], ...] = Field(
@@ -64,9 +70,24 @@ def measures(config: Config, task: Mapping[str, Any]) -> frozenset[str]:
     threat = Task.load(task).threat
     for attack in config.attacks:
         attack.accept(threat)
-    names = {"accuracy.clean.test", "accuracy.robust.test"}
-    names |= {f"accuracy.robust.{name}.test" for name in _names(config.attacks)}
+    names = {"accuracy.clean.test", ROBUST}
+    if config.early is None:
+        names |= {f"accuracy.robust.{name}.test" for name in kinds(config.attacks)}
+    elif config.stop_at is None:
+        raise InputError(
+            f"stages.validate.early: expected a limit on {ROBUST} with at_least and nothing else, got none; "
+            "the verdict to wait for is that limit's"
+        )
     return frozenset(names | ({"accuracy.certified.test"} if config.certify else set()))
+
+
+def obeying(table: Mapping[str, Any], limits: Budget) -> Mapping[str, Any]:
+    """An early verdict is that on the gate's own limit; several demands on the number leave none to wait for."""
+    held = [limit for limit in limits if limit.metric == ROBUST]
+    if table.get("early") is None or any(limit.at_most is not None or limit.max_loss is not None for limit in held):
+        return table
+    bounds = [limit.at_least for limit in held if limit.at_least is not None]
+    return {**({"stop_at": max(bounds)} if bounds else {}), **table}
 
 
 def run(files: Files, config: Config, ctx: Context) -> Result:
@@ -83,15 +104,21 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
     with frozen(net), frozen(dense(net)) as quick:
         # Attacks see the dense form of depthwise-separable layers: the same function, several times faster backward.
         scene = Scene.of(quick, test, task.threat, ctx.device)
-        certifiers = dict(zip(_names(config.certify), config.certify, strict=True))
+        certifiers = dict(zip(kinds(config.certify), config.certify, strict=True))
         step = lambda name: _progress(ctx, f"certify: {name}")  # noqa: E731
         proved = prove(net, scene.x, scene.y, len(splits.classes), task.threat, certifiers, step)
-        struck = _strike_all(scene, proved, splits.train, config, ctx)
+        strength = evidence.strength(config.attacks)
+        named = lambda label: _progress(ctx, f"{label} ({strength})")  # noqa: E731
+        striker = Striker(scene, proved, splits.train, ctx.scratch, ctx.seed, named)
+        if config.early is None or config.stop_at is None:
+            struck = striker.all(config.attacks, config.sequence)
+        else:
+            struck = striker.early(config.attacks, config.stop_at, config.early)
         points, findings = _doubt(scene, struck, proved, config, task.split_seed, ctx)
         header = evidence.Header(
             threat=task.threat.dump(),
             split="test",
-            strength=evidence.STRENGTH,
+            strength=strength,
             attacks={name: attack.dump() for name, attack in struck.attacks.items()},
             certifiers={name: certifier.dump() for name, certifier in proved.certifiers.items()},
             seed=ctx.seed,
@@ -99,7 +126,9 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
             examples=len(test),
         )
         out = write(ctx.scratch / "out", scene, struck, proved, header, points, findings, splits.classes, config.images)
-    measured, outcomes = _measure(scene, struck, proved)
+    measured, outcomes = _measure(scene, struck, proved, strength)
+    if struck.early is not None:
+        ctx.emit("note", {"text": _told(struck.early, scene)})
     for finding in findings:
         ctx.emit("note", {"text": f"{'ok' if finding.ok else 'FAILED'}: {finding.name}: {finding.text}"})
     return Result(
@@ -119,55 +148,6 @@ def _sample(test: Split, samples: int, split_seed: int) -> Split:
     return test.select(subset(test.labels, samples, generator(split_seed, "validate", "samples")))
 
 
-def _names(methods: Sequence[Attack] | Sequence[Certifier]) -> tuple[str, ...]:
-    """The kind of each; from the second of one kind on with its number: pgd, pgd_2."""
-    found: list[str] = []
-    for number, method in enumerate(methods):
-        count = sum(other.kind == method.kind for other in methods[:number])
-        found.append(method.kind if count == 0 else f"{method.kind}_{count + 1}")
-    return tuple(found)
-
-
-def _strike_all(scene: Scene, proved: Proved, train: Split, config: Config, ctx: Context) -> Struck:
-    """Every attack on every image that is right and needs one; finished ones are read from the scratch folder."""
-    attacks = dict(zip(_names(config.attacks), config.attacks, strict=True))
-    rows = scene.right & ~spared(proved, scene.right, generator(ctx.seed, "doubt"))
-    hits: dict[str, Hit] = {}
-    for name, attack in attacks.items():
-        attack.accept(scene.threat)
-        kept = ctx.scratch / f"attack-{name}.safetensors"
-        if not kept.exists():
-            ready = attack.prepare(scene.net, _batches(train, ctx.device), generator(ctx.seed, "prepare", name))
-            seed, label = derive(ctx.seed, "attack", name), f"attack: {name}"
-            step = _progress(ctx, label)
-            hit = strike(scene.net, ready, scene.x, scene.y, rows, scene.threat, seed, proved.unproved, step)
-            _atomic.write(kept, _bytes(hit))
-        hits[name] = _hit(kept.read_bytes(), ctx.device)
-        if config.sequence:
-            rows = rows & hits[name].survived
-    for hit in hits.values():
-        hit.survived.logical_and_(scene.right)
-    x_adv, by = evidence.worst(scene.x, {name: hit.x_adv for name, hit in hits.items()}, scene.net, scene.y)
-    return Struck(attacks, hits, x_adv, by)
-
-
-def _bytes(hit: Hit) -> bytes:
-    named = {"tried": hit.tried, "survived": hit.survived, "x_adv": hit.x_adv.contiguous()}
-    named |= {"queries": hit.spent.queries, "gradients": hit.spent.gradients}
-    return bytes_of({name: value.cpu() for name, value in named.items()})
-
-
-def _hit(stored: bytes, device: str) -> Hit:
-    named = {name: value.to(device) for name, value in tensors_of(stored).items()}
-    return Hit(named["tried"], named["survived"], named["x_adv"], Spent(named["queries"], named["gradients"]))
-
-
-def _batches(split: Split, device: str) -> Iterator[tuple[Tensor, Tensor]]:
-    for at in range(0, len(split), _BATCH):
-        rows = slice(at, at + _BATCH)
-        yield split.floats(rows).to(device), split.labels[rows].to(device)
-
-
 def _doubt(
     scene: Scene, struck: Struck, proved: Proved, config: Config, split_seed: int, ctx: Context
 ) -> tuple[tuple[Point, ...], tuple[Finding, ...]]:
@@ -175,7 +155,15 @@ def _doubt(
     order = torch.randperm(len(scene.x), generator=generator(split_seed, "validate", "validity"))
     rows = order[: config.validity_samples].sort().values.to(scene.x.device)
     x, y, seed = scene.x[rows], scene.y[rows], derive(ctx.seed, "validity")
-    points = validity.curve(scene.net, x, y, scene.threat, config.curve, seed, _progress(ctx, "curve"))
+    points = validity.curve(
+        scene.net,
+        x,
+        y,
+        scene.threat,
+        config.curve,
+        seed,
+        _progress(ctx, f"curve ({evidence.strength([validity.PROBE])})"),
+    )
     found = validity.checks(
         scene.net,
         x,
@@ -191,13 +179,17 @@ def _doubt(
 
 def _pair(struck: Struck) -> tuple[Tensor, Tensor] | None:
     """What survived all gradient attacks and all black-box ones, of the images that all of them tried."""
-    kinds: dict[bool, list[Tensor]] = {True: [], False: []}
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, attack in struck.attacks.items():
-        kinds[attack.needs_gradients].append(struck.hits[name].survived)
+        groups[attack.needs_gradients].append(struck.hits[name].survived)
     tried = torch.stack([hit.tried for hit in struck.hits.values()]).all(0)
-    if not all(kinds.values()) or any(bool((hit.tried != tried).any()) for hit in struck.hits.values()):
+    if (
+        not all(groups.values())
+        or not bool(tried.any())
+        or any(bool((hit.tried != tried).any()) for hit in struck.hits.values())
+    ):
         return None
-    return torch.stack(kinds[True]).all(0)[tried], torch.stack(kinds[False]).all(0)[tried]
+    return torch.stack(groups[True]).all(0)[tried], torch.stack(groups[False]).all(0)[tried]
 
 
 def _rechecked(scene: Scene, struck: Struck) -> Finding:
@@ -218,18 +210,55 @@ def _sound(scene: Scene, struck: Struck, proved: Proved) -> Iterator[Finding]:
         yield Finding(f"sound_{name}", broken == 0, text)
 
 
-def _measure(scene: Scene, struck: Struck, proved: Proved) -> tuple[tuple[Measurement, ...], dict[str, Outcomes]]:
-    hits = {"accuracy.clean.test": scene.right, "accuracy.robust.test": struck.alive}
-    hits |= {f"accuracy.robust.{name}.test": hit.survived for name, hit in struck.hits.items()}
+def _measure(
+    scene: Scene, struck: Struck, proved: Proved, strength: Strength
+) -> tuple[tuple[Measurement, ...], dict[str, Outcomes]]:
+    hits = {"accuracy.clean.test": scene.right}
+    if struck.early is None:
+        hits[ROBUST] = struck.alive
+        hits |= {f"accuracy.robust.{name}.test": hit.survived for name, hit in struck.hits.items()}
     if proved.leads:
         hits["accuracy.certified.test"] = torch.stack(list(proved.certified(scene.right).values())).any(0)
     measured: list[Measurement] = []
     outcomes: dict[str, Outcomes] = {}
     for name, right in hits.items():
-        measurement, bits = accuracy(name, right.cpu(), scene.indices)
+        measurement, bits = accuracy(name, right.cpu(), scene.indices, strength)
+        measured.append(measurement)
+        outcomes |= bits
+    if struck.early is not None:
+        measurement, bits = _estimate(struck.early, struck.alive, scene.indices, strength)
         measured.append(measurement)
         outcomes |= bits
     return tuple(measured), outcomes
+
+
+def _estimate(
+    told: Early, alive: Tensor, indices: Tensor, strength: Strength
+) -> tuple[Measurement, dict[str, Outcomes]]:
+    """What an early verdict says of all images; `samples` and the bits are those with a verdict of their own."""
+    judged, total = ~told.open.cpu(), len(indices)
+    count = int(judged.sum())
+    measurement = Measurement(
+        name=ROBUST,
+        value=told.value / total,
+        low=min(wilson(told.low, total)[0], told.value / total),
+        high=max(wilson(told.high, total)[1], told.value / total),
+        unit="fraction",
+        samples=max(count, 1),
+        better="higher",
+        under=strength,
+    )
+    bits = {ROBUST: Outcomes.of(indices[judged].tolist(), alive.cpu()[judged].tolist())} if count else {}
+    return measurement, bits
+
+
+def _told(told: Early, scene: Scene) -> str:
+    """The early verdict in a sentence."""
+    count = int(told.open.sum())
+    return (
+        f"the gate's verdict on {ROBUST} is certain with {count} of {len(scene.x)} images open: all attacks on all of "
+        f"them would leave {told.low} to {told.high}"
+    )
 
 
 def _digest(files: Files) -> str:
@@ -239,6 +268,4 @@ def _digest(files: Files) -> str:
 
 
 def _progress(ctx: Context, label: str) -> OnStep:
-    return lambda done, total: ctx.emit(
-        "progress", {"label": f"{label} ({evidence.STRENGTH})", "done": done, "total": total}
-    )
+    return lambda done, total: ctx.emit("progress", {"label": label, "done": done, "total": total})

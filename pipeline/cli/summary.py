@@ -26,8 +26,9 @@ def summary(built: Built, width: int = 100) -> str:
     latest = record.latest()
     if shipped := [latest[name] for name in _SIZE_AND_SPEED if name in latest]:
         lines += _wrapped(f"  {'size, speed':<12}", _listed(shipped), width)
-    if "accuracy.robust.test" in latest:
-        lines.append(f"  {'attacks':<12}quick ones; a stronger attack can only lower robust accuracy")
+    if robust := latest.get("accuracy.robust.test"):
+        kind = "the standard ensemble" if robust.under == "standard" else "quick ones"
+        lines.append(f"  {'attacks':<12}{kind}; a stronger attack can only lower robust accuracy")
     lines += [f"  {'owed':<12}{text}" for text in owed(record)]
     if built.bundle is not None:
         lines.append(f"  {'bundle':<12}{short(built.bundle)}")

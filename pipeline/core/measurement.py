@@ -10,10 +10,15 @@ from pipeline.core.value import Value
 _Z95 = 1.959963984540054
 
 Unit = Literal["fraction", "ms", "s", "bytes", "count", "logit"]
+Strength = Literal["quick", "standard"]
+"""Of a set of attacks: standard only with the reference ensemble at its reference settings."""
 
 
 class Measurement(Value):
-    """One measured number; `low` and `high` bound it at 95 % confidence and equal it where it is exact."""
+    """One measured number; `low` and `high` bound it at 95 % confidence and equal it where it is exact.
+
+    `under` says of an accuracy under attack how strong the attacks were, and is None for every other number.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)*$")
     value: float
@@ -22,6 +27,7 @@ class Measurement(Value):
     unit: Unit
     samples: int = Field(ge=1)
     better: Literal["higher", "lower"]
+    under: Strength | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -30,14 +36,14 @@ class Measurement(Value):
         return self
 
 
-def fraction(name: str, hits: int, total: int) -> Measurement:
+def fraction(name: str, hits: int, total: int, under: Strength | None = None) -> Measurement:
     """A share of independent examples, with Wilson's score interval (Wilson 1927).
 
     Raises `ValueError` where `hits` is not within 0..`total` or `total` is 0.
     """
     low, high = wilson(hits, total)
     return Measurement(
-        name=name, value=hits / total, low=low, high=high, unit="fraction", samples=total, better="higher"
+        name=name, value=hits / total, low=low, high=high, unit="fraction", samples=total, better="higher", under=under
     )
 
 

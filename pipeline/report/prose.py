@@ -39,7 +39,8 @@ def summary(record: RunRecord, latest: Mapping[str, Measurement]) -> tuple[str, 
         said.append(
             f"The {'shipped file' if shipped else 'network'} is right on {words.quantity(clean.value, 'fraction')} of "
             f"{clean.samples:,} test images, and stays right on {words.quantity(robust.value, 'fraction')} of "
-            f"{robust.samples:,} under the worst of quick attacks, with {words.threat(record.spec.task)}."
+            f"{robust.samples:,} under the worst of {robust.under or 'quick'} attacks, with "
+            f"{words.threat(record.spec.task)}."
         )
     certified = latest.get("accuracy.certified.test")
     if certified is not None:
@@ -134,12 +135,12 @@ def meaning(
 
 
 def _strength(attacks: Sequence[Mapping[str, Any]]) -> str:
-    """Standard is claimed only where every attack that was run says so itself."""
-    rule = '"Standard" means the reference settings of the published attack; anything lighter is called quick. '
+    """Standard is claimed only where one of the attacks that were run says so itself: others add to it."""
+    rule = '"Standard" means the published ensemble at its reference settings; anything lighter is called quick. '
     if not attacks:
         return rule + "Take an attack for quick unless the record says that its settings were the standard ones."
-    if all(row.get("label") == "standard" for row in attacks):
-        return rule + "Every attack in this run had its standard settings."
+    if any(row.get("label") == "standard" for row in attacks):
+        return rule + "That ensemble was run on the test images of this run."
     return rule + (
         "Attacks in this run were quick ones: good for telling two builds apart, too weak for a claim beside published "
         "numbers, which are usually lower for the same network."

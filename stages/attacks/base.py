@@ -89,16 +89,20 @@ QUICK: tuple[dict[str, Any], ...] = (
 )
 """What `attacks = "quick"` stands for: far lighter than the reference ensemble, and never called anything else."""
 
+STANDARD: tuple[dict[str, Any], ...] = ({"kind": "auto"},)
+"""What `attacks = "standard"` stands for: the standard ensemble at its reference settings."""
+
 
 def _named_set(data: object) -> object:
     items = [data] if isinstance(data, str) else data
     if not isinstance(items, list | tuple):
         return data
-    return tuple(one for item in items for one in (QUICK if item == "quick" else (item,)))
+    sets = {"quick": QUICK, "standard": STANDARD}
+    return tuple(one for item in items for one in (sets.get(item, (item,)) if isinstance(item, str) else (item,)))
 
 
 AttackSet = Annotated[tuple[AnyAttack, ...], BeforeValidator(_named_set)]
-"""Attacks by name or table; `"quick"`, alone or among others, stands for that set."""
+"""Attacks by name or table; `"quick"` and `"standard"`, alone or among others, stand for those sets."""
 
 
 def _check(x: Tensor, y: Tensor, threat: Threat) -> None:
