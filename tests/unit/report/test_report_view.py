@@ -141,14 +141,13 @@ def test_figures_are_those_of_the_latest_chosen_stage() -> None:
     assert found == {"figures.json": "f" * 64, "images/0.png": "f" * 64}
 
 
-def test_strength_is_called_standard_only_where_every_attack_says_so(tmp_path: Path) -> None:
+def test_strength_is_called_standard_only_where_an_attack_says_so(tmp_path: Path) -> None:
     sample.figures(tmp_path)
     assert "were quick ones" in dict(view(sample.passed(), tmp_path).meaning)["Strength of the attacks"]
     data = json.loads((tmp_path / "figures.json").read_text())
-    for row in data["attacks"]:
-        row["label"] = "standard"
+    data["attacks"][0]["label"] = "standard"
     (tmp_path / "figures.json").write_text(json.dumps(data))
-    assert "had its standard settings" in dict(view(sample.passed(), tmp_path).meaning)["Strength of the attacks"]
+    assert "That ensemble was run" in dict(view(sample.passed(), tmp_path).meaning)["Strength of the attacks"]
 
 
 def test_words() -> None:
