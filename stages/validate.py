@@ -75,7 +75,7 @@ def measures(config: Config, task: Mapping[str, Any]) -> frozenset[str]:
         names |= {f"accuracy.robust.{name}.test" for name in kinds(config.attacks)}
     elif config.stop_at is None:
         raise InputError(
-            f"stages.validate.early: expected a limit on {ROBUST} with at_least and nothing else, got none; "
+            f"early: expected a limit on {ROBUST} with at_least and nothing else, got none; "
             "the verdict to wait for is that limit's"
         )
     return frozenset(names | ({"accuracy.certified.test"} if config.certify else set()))
