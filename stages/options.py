@@ -1,4 +1,4 @@
-"""What `init` and `list` take on the command line; imported before torch is."""
+"""What `init`, `list` and `verify-spec` take on the command line; imported before torch is."""
 
 import argparse
 from pathlib import Path
@@ -19,3 +19,10 @@ def init_options(parser: argparse.ArgumentParser) -> None:
 
 def list_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", nargs="?", metavar="KIND", help=f"one of {', '.join(KINDS)}; none lists them all")
+
+
+def verify_spec_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="an ONNX file, gzip'd or not")
+    parser.add_argument("spec", type=Path, metavar="SPEC", help="a VNN-LIB file, gzip'd or not")
+    parser.add_argument("--timeout", type=float, required=True, metavar="S", help="seconds until the answer is due")
+    parser.add_argument("--witness", type=Path, metavar="OUT", help="where an unsafe input goes if there is one")

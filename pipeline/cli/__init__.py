@@ -24,6 +24,7 @@ COMMANDS = {
     "verify": ("targets.runtime.verify", "check every digest of a bundle and reproduce its probe outputs"),
     "serve": ("targets.runtime.serve", "serve a bundle over HTTP"),
     "finish": ("targets.runtime.finish", "on the device: build the engine, measure, settle the limits owed"),
+    "verify-spec": ("stages.verify_spec", "is a network unsafe in the sense of a VNN-LIB file: sat, unsat or unknown"),
     "doctor": ("pipeline.cli.doctor", "what this machine can do, and how to get the rest"),
     "clean": ("pipeline.cli.clean", "drop what no kept record reaches; --verify rehashes the store"),
 }
@@ -125,7 +126,7 @@ def _run(name: str, argv: list[str]) -> int:
     try:
         options: Any = importlib.import_module(f"{module.rpartition('.')[0]}.options")
         parser = Parser(prog=f"python -m pipeline {name}", description=summary)
-        getattr(options, f"{name}_options")(parser)
+        getattr(options, f"{name.replace('-', '_')}_options")(parser)
         args = parser.parse_args(argv)
         command: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -142,7 +143,7 @@ def _run(name: str, argv: list[str]) -> int:
 
 
 def _help() -> str:
-    rows = "\n".join(f"  {name:<8}{summary}" for name, (_, summary) in COMMANDS.items())
+    rows = "\n".join(f"  {name:<13}{summary}" for name, (_, summary) in COMMANDS.items())
     return (
         "Temper: a compiler for small vision models that stay right under attack.\n\n"
         "usage: python -m pipeline COMMAND [--help]\n\n"

@@ -77,7 +77,9 @@ class Twin(nn.Module):
         known = self._start(x)
         for step in self._steps:
             _take(step, known)
-        return known[self._output].to(torch.float32)
+        y = known[self._output]
+        # Asked for only where it changes something: a trace would hold it as an operation.
+        return y if y.dtype == torch.float32 else y.to(torch.float32)
 
     def _start(self, x: Tensor) -> dict[str, Tensor]:
         known: dict[str, Tensor] = {self._input: x, **self._indices}

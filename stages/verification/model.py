@@ -1,0 +1,97 @@
+"""A network as the verifier sees it: numbers in a row go in and come out, in onnxruntime and as a torch twin."""
+
+import gzip
+import zlib
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from stages.method import InputError
+from stages.nn.imported import imported
+from targets.runtime.ort import OrtEngine
+
+Array = npt.NDArray[np.float32]
+_GZIP = b"\x1f\x8b"
+
+
+def opened(path: Path) -> Path | bytes:
+    """The path itself, or what is in it where it is gzip'd. Raises `InputError` where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            if file.read(2) != _GZIP:
+                return path
+        return gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+class Flat(nn.Module):
+    """[B, n] -> [B, K]: a network that takes [B, *shape], with everything in a row."""
+
+    def __init__(self, net: nn.Module, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.net = net
+        self.shape = tuple(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x.reshape(-1, *self.shape))
+        return y.flatten(1)
+
+
+class Model:
+    """`net` maps float32 [B, n] to [B, K]; `outputs` asks onnxruntime about one input.
+
+    `inputs` is the n of the specification, which settles one open size of the graph. Raises `InputError` for a graph
+    that has other than one float32 input with a batch in front and one output, or an operator without a twin.
+    """
+
+    def __init__(self, path: Path, inputs: int) -> None:
+        source = opened(path)
+        self._engine = OrtEngine(source)
+        session = self._engine.session
+        entries = session.get_inputs()
+        if len(entries) != 1:
+            raise InputError(f"{path}: expected one input, got {len(entries)}: {[entry.name for entry in entries]}")
+        [entry] = entries
+        if entry.type != "tensor(float)":
+            raise InputError(f'{path}: input "{entry.name}" is a {entry.type}; expected tensor(float), that is float32')
+        self._name = entry.name
+        self.shape = _shape(entry.shape, inputs, f'{path}: input "{entry.name}"')
+        self.net: nn.Module = Flat(imported(source, self.shape), self.shape).eval()
+        names = [output.name for output in session.get_outputs()]
+        self._output = "logits" if len(names) > 1 and "logits" in names else names[0]
+        self.classes = len(self.outputs(np.zeros(inputs, np.float32)))
+
+    def outputs(self, x: Array) -> Array:
+        """Float32 [n] -> [K], computed by onnxruntime, one image alone."""
+        fed = np.ascontiguousarray(x, np.float32).reshape(1, *self.shape)
+        found: Array = self._engine.session.run([self._output], {self._name: fed})[0]
+        return found.reshape(-1).astype(np.float32)
+
+    def disagreement(self, points: Tensor) -> float:
+        """How far the twin is from onnxruntime on float32 [B, n], in units of the largest output."""
+        engine = torch.from_numpy(np.stack([self.outputs(point.numpy()) for point in points]))
+        with torch.no_grad():
+            gap = (self.net(points) - engine).abs().max()
+        return float(gap / engine.abs().max().clamp(min=1.0))
+
+
+def _shape(declared: Sequence[int | str | None], inputs: int, where: str) -> tuple[int, ...]:
+    """The shape of one input without the batch; one open size is what the number of inputs leaves for it."""
+    if len(declared) < 2 or (isinstance(declared[0], int) and declared[0] != 1):
+        raise InputError(f"{where} has shape {list(declared)}; expected a batch of one, or an open one, in front")
+    sizes = [size if isinstance(size, int) and size > 0 else None for size in declared[1:]]
+    known = prod(size for size in sizes if size is not None)
+    if sizes.count(None) == 1 and known and inputs % known == 0:
+        sizes[sizes.index(None)] = inputs // known
+    if None in sizes or prod(size or 0 for size in sizes) != inputs:
+        raise InputError(
+            f"{where} has shape {list(declared)}, the specification names {inputs} inputs X_0 to X_{inputs - 1}; "
+            "expected as many as one image has numbers"
+        )
+    return tuple(size or 0 for size in sizes)

@@ -1,0 +1,146 @@
+"""The whole way from two files to a verdict: search a little, prove what is cheap to prove, then both in turn."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stages.bounds.base import Certifier
+from stages.bounds.ibp import IBP
+from stages.method import InputError
+from stages.nn._atomic import write
+from stages.seeding import generator
+from stages.verification import prove
+from stages.verification.cases import Array, Cases
+from stages.verification.clock import Clock
+from stages.verification.falsify import Hunt
+from stages.verification.model import Model, opened
+from stages.verification.vnnlib import parse
+
+Word = Literal["sat", "unsat", "unknown"]
+Say = Callable[[str], None]
+_ALIKE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """An unsafe input float32 [n], and what onnxruntime answers to it, float32 [K]."""
+
+    x: Array
+    y: Array
+
+    def text(self) -> str:
+        """The competition's form: ((X_0 0.5) ... (Y_0 1.25)), every number exactly as it is in float32."""
+        entries = [f"(X_{i} {float(value)!r})" for i, value in enumerate(self.x)]
+        entries += [f"(Y_{k} {float(value)!r})" for k, value in enumerate(self.y)]
+        return f"({chr(10).join(entries)})\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    word: Word
+    reason: str
+    witness: Witness | None = None
+
+
+def decide(network: Path, specification: Path, clock: Clock, say: Say) -> Answer:
+    """`sat` where onnxruntime confirms a witness, `unsat` where bounds refute every case, `unknown` with the reason.
+
+    Raises `InputError` for files that cannot be used.
+    """
+    spec = parse(_text(specification), str(specification))
+    model = Model(network, spec.inputs)
+    cases = Cases.of(spec, model.classes)
+    trial = Trial(model, cases, clock, say)
+    say(f"{spec.inputs} inputs, {spec.outputs} outputs, {len(spec.regions)} boxes, {len(cases.bounds)} cases")
+    return trial.answer()
+
+
+class Trial:
+    """One network, one specification, and the cases int64 `still` that nothing has refuted yet."""
+
+    def __init__(self, model: Model, cases: Cases, clock: Clock, say: Say) -> None:
+        self.model, self.cases, self.clock, self.say = model, cases, clock, say
+        self.still = torch.arange(len(cases.bounds))
+        self.hunt = Hunt(model.net, cases, self._confirms, generator(0, "verify-spec"))
+        self.why = ""
+
+    def answer(self) -> Answer:
+        witness = self._hunt(rounds=2, part=0.1)
+        if witness is not None:
+            return self._sat(witness)
+        gap = self.model.disagreement(self._points())
+        if gap <= _ALIKE:
+            witness = self._prove()
+            if witness is not None:
+                return self._sat(witness)
+            if len(self.still) == 0:
+                return Answer("unsat", f"unsat: all {len(self.cases.bounds)} cases are refuted")
+        else:
+            self.why = f"the torch twin is {gap:.1e} of the largest output away from onnxruntime, so nothing is proved"
+            self.say(self.why)
+        witness = self._hunt(rounds=None, part=1.0)
+        if witness is not None:
+            return self._sat(witness)
+        done = len(self.cases.bounds) - len(self.still)
+        reason = f"unknown: {done} of {len(self.cases.bounds)} cases are refuted, no witness was found"
+        return Answer("unknown", f"{reason}; {self.why or 'time is up'}")
+
+    def _prove(self) -> Array | None:
+        """Refutes what bounds can refute; returns a witness where the search inside boxes met one."""
+        try:
+            for certifier in self._certifiers():
+                if len(self.still) and self.clock.left() > 0:
+                    self.still = prove.on_regions(self.model.net, self.cases, self.still, certifier, self.clock)
+                    self.say(f"{certifier.kind}: {len(self.still)} of {len(self.cases.bounds)} cases are open")
+            if len(self.still) == 0:
+                return None
+            splitting = prove.Splitting(self.model.net, self.cases, self._certifiers()[-1], self.hunt)
+            done, witness = splitting.run(self.still, self.clock)
+            self.say(f"splitting: {splitting.boxes} boxes bounded")
+        except InputError as error:
+            self.why = str(error)
+            self.say(self.why)
+            return None
+        if done:
+            self.still = self.still[:0]
+        return witness
+
+    def _certifiers(self) -> list[Certifier]:
+        return [IBP()]
+
+    def _hunt(self, rounds: int | None, part: float) -> Array | None:
+        clock = self.clock.share(part)
+        count = 0
+        while clock.left() > 0 and len(self.still) and count != rounds:
+            witness = self.hunt.round(self.still, clock)
+            if witness is not None:
+                return witness
+            count += 1
+        return None
+
+    def _points(self) -> Tensor:
+        low, high = self.cases.inner_low[:1], self.cases.inner_high[:1]
+        share = torch.rand(4, low.shape[1], generator=generator(0, "points"))
+        return torch.cat([low, high, (low + share * (high - low)).clamp(low, high)])
+
+    def _confirms(self, x: Array) -> bool:
+        return self.cases.witnessed(x, self.model.outputs(x))
+
+    def _sat(self, x: Array) -> Answer:
+        return Answer("sat", "sat: onnxruntime confirms the witness", Witness(x, self.model.outputs(x)))
+
+
+def write_witness(witness: Witness, path: Path) -> None:
+    write(path, witness.text().encode())
+
+
+def _text(path: Path) -> str:
+    found = opened(path)
+    try:
+        return (found.read_bytes() if isinstance(found, Path) else found).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text: {error}") from error
