@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": ("pipeline.cli.plan", "what would run, what is reused and why not, what is missing"),
     "list": ("stages.catalog", "methods, data sets and targets on offer"),
     "init": ("stages.init", "look at your data and write a commented spec"),
+    "audit": ("stages.audit", "clean, attacked and certified accuracy of any ONNX classifier"),
     "report": ("pipeline.cli.report", "render a record as HTML, Markdown or JUnit XML"),
     "verify": ("targets.runtime.verify", "check every digest of a bundle and reproduce its probe outputs"),
     "serve": ("targets.runtime.serve", "serve a bundle over HTTP"),

@@ -21,11 +21,16 @@ _JOINT = 13  # before it, softmax was over all axes from `axis` on
 _SMALL = 1 << 16
 _DOMAINS = ("", "ai.onnx")
 _TYPES = {"float32", "float64", "int64", "int32", "int16", "uint16", "int8", "uint8", "bool"}
+_QUANTISED = {"QuantizeLinear", "DequantizeLinear"}
+_HALVES = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 _NARROW = {"float16": np.float32, "bfloat16": np.float32, "int4": np.int8, "uint4": np.uint8}
 
 
-def loaded(source: Path | bytes, where: str) -> onnx.ModelProto:
-    """The model with its weights, without local functions, and with the nodes that lead to the logits alone."""
+def loaded(source: Path | bytes, where: str, output: str | None = None) -> onnx.ModelProto:
+    """The model with its weights, without local functions, and with the nodes that lead to `output` alone.
+
+    Without a name it is the one that is called "logits", or the only one.
+    """
     try:
         model = onnx.load(source) if isinstance(source, Path) else onnx.load_model_from_string(source)
         onnx.checker.check_model(source if isinstance(source, Path) else model)
@@ -36,12 +41,31 @@ def loaded(source: Path | bytes, where: str) -> onnx.ModelProto:
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     graph = model.graph
-    if len(graph.output) > 1 and LOGITS in {output.name for output in graph.output}:
-        chosen = next(output for output in graph.output if output.name == LOGITS)
+    chosen = [value for value in graph.output if value.name == (output or LOGITS)]
+    if chosen and len(graph.output) > 1:
         del graph.output[:]
-        graph.output.append(chosen)
+        graph.output.extend(chosen)
     _drop_unread(graph)
     return model
+
+
+def without_softmax(model: onnx.ModelProto) -> bool:
+    """Take the softmax, if any, off the end of a graph: the same classes in the same order, and gradients again."""
+    graph = model.graph
+    last = next((node for node in graph.node if graph.output[0].name in node.output), None)
+    if last is None or last.op_type != "Softmax" or last.domain not in _DOMAINS:
+        return False
+    graph.output[0].name = last.input[0]
+    _drop_unread(graph)
+    return True
+
+
+def rounds(model: onnx.ModelProto) -> bool:
+    """Are values rounded on the way, to 8 bits or to half precision, so that other sums may give other codes?"""
+    graph = model.graph
+    return any(node.op_type in _QUANTISED for node in graph.node) or any(
+        tensor.data_type in _HALVES for tensor in graph.initializer
+    )
 
 
 def _drop_unread(graph: onnx.GraphProto) -> None:

@@ -24,8 +24,8 @@ from stages.nn._onnx_separable import merge
 from stages.nn._onnx_tidy import fold_constants
 from stages.seeding import generator
 
+LOGITS = read.LOGITS
 _SAME = 1e-4
-_QUANTISED = {"QuantizeLinear", "DequantizeLinear"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,9 @@ class _Step:
 class Twin(nn.Module):
     """Images [B, ...] -> the graph's output [B, ...], node by node. Constants are buffers, so nothing here trains.
 
-    `quantised` says that there are Q/DQ nodes in it; `piece` that the graph works on exactly so many images at once, in
-    which case longer batches go through it one piece after the other.
+    `rounds` says that it rounds on the way (Q/DQ nodes, half precision), so that a sum in another order may give
+    another code; `softmax` that the file ends in one, which is left out here; `piece` that the graph works on exactly
+    so many images at once, in which case longer batches go through it one piece after the other.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -61,7 +62,7 @@ class Twin(nn.Module):
                 self._buffers_of[tensor.name] = f"constant{number}"
                 self.register_buffer(f"constant{number}", value)
         self._steps = _steps(graph, read.opset(model))
-        self.quantised = any(node.op_type in _QUANTISED for node in graph.node)
+        self.rounds, self.softmax = read.rounds(model), False
         self.piece: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,20 +125,28 @@ class Twin(nn.Module):
             yield found
 
 
-def imported(source: Path | bytes, shape: Sequence[int] | None = None) -> Twin:
+def imported(
+    source: Path | bytes,
+    shape: Sequence[int] | None = None,
+    output: str | None = None,
+    before_softmax: bool = False,
+) -> Twin:
     """The twin of an ONNX file, or of its bytes, in eval mode.
 
-    Of several outputs it takes the one that is called "logits". `shape` is that of one input without the batch, for
-    files that leave it open. Raises `InputError` for what is not ONNX, has other than one image in and one array of
-    logits out, or holds an operator without a twin (naming it, its node, and what to do).
+    `shape` is that of one input without the batch, for files that leave it open. Of several outputs it takes the one of
+    that name, else the one called "logits". With `before_softmax` a softmax at the end is left out. Raises `InputError`
+    for what is not ONNX, has other than one image in and one array of logits out, or holds an operator without a twin
+    (naming it, its node, and what to do).
     """
     where = str(source) if isinstance(source, Path) else "the ONNX graph"
-    model = read.loaded(source, where)
+    model = read.loaded(source, where, output)
+    softmax = before_softmax and read.without_softmax(model)
     read.readable(model, where)
     fold_constants(model)
     read.unobjectionable(model, where)
     merge(model)
     twin = Twin(model).eval()
+    twin.softmax = softmax
     known = read.declared(model.graph, shape)
     if known is not None:
         try:

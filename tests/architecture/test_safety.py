@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for top in ("pipeline", "stages", "targets") for path in (ROOT / top).rglob("*.py"))
-_PRINTERS = {"init", "verify_spec", "catalog", "verify", "serve", "finish"}
+_PRINTERS = {"init", "verify_spec", "catalog", "audit", "verify", "serve", "finish"}
 
 
 def _calls(path: Path) -> Iterator[tuple[str, ast.Call]]:

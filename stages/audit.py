@@ -1,0 +1,189 @@
+"""`audit MODEL.onnx`: clean, attacked and certified accuracy of any classifier, ours or not, on the file itself."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from pipeline.core.errors import BadInput
+from stages import evidence, ledger
+from stages.adapter import Form
+from stages.attacks.base import FOLDER as ATTACKS
+from stages.attacks.base import QUICK, STANDARD, Attack
+from stages.attacks.square import Square
+from stages.bounds.base import FOLDER as BOUNDS
+from stages.bounds.base import Certifier
+from stages.data.base import Split
+from stages.doubts import findings
+from stages.exhibits import Images, images
+from stages.finding import Finding
+from stages.members import named
+from stages.method import load
+from stages.nn import _atomic
+from stages.seeding import derive, generator
+from stages.subject import Subject, opened
+from stages.threat import Threat
+from stages.verdicts import Plan, Verdicts, check_labels, judge
+
+_BATCH = 256
+_POWERS = {"linf": 0.0, "l2": 0.5, "l1": 1.0}
+_ESTIMATORS = ("etb",)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 it ran, 1 `--at-least` was not reached; raises `BadInput` and `InputError` (2)."""
+    start = time.perf_counter()
+    threads = args.threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    for out in (args.json, args.evidence):
+        _writable(out, args.model)
+    threat, form, certifiers = _threat(args.threat), _form(args), _certifiers(args.certify)
+    asked = _attacks(args.attack)
+    root = (args.data_root or Path(os.environ.get("TEMPER_DATA") or "data")).resolve()
+    shown = images(args.data, root, args.split, args.limit, args.indices, args.seed)
+    _within(threat, shown.x)
+    subject = opened(args.model, shown.x, form, threads)
+    chosen = asked if subject.twin is not None else _blind(asked)
+    plan = Plan(threat, named(chosen, threat), certifiers, args.shortcuts, args.seed)
+    strength = evidence.strength(chosen)
+    notes = (*subject.notes, *shown.notes, *_notes(subject, threat, shown, asked, chosen))
+    told = ledger.Told(args.model, shown.text, threat, strength, subject, notes)
+    print(ledger.opening(told), flush=True)
+    step = ledger.progress(strength)
+    verdicts = judge(subject, shown.x, shown.y, shown.indices, plan, _ready(subject, shown, args.seed), step)
+    found = tuple(findings(subject, verdicts, *shown.examined, derive(args.seed, "findings"), step("validity")))
+    seconds = time.perf_counter() - start
+    print(ledger.closing(told, verdicts, found, seconds))
+    if args.json is not None:
+        _atomic.write(args.json, ledger.document(told, verdicts, found, seconds, _settings(args, threads, root)))
+    if args.evidence is not None:
+        ledger.write_evidence(args.evidence, told, verdicts, args.split, args.seed)
+    return 0 if args.at_least is None or _reached(verdicts, found, strength, args.at_least) else 1
+
+
+def _reached(verdicts: Verdicts, found: tuple[Finding, ...], strength: str, at_least: float) -> bool:
+    robust, failed = float(verdicts.robust.double().mean()), [finding.name for finding in found if not finding.ok]
+    if robust < at_least:
+        print(f"temper: robust accuracy is {robust:.4f} ({strength}), at least {at_least:g} was asked", file=sys.stderr)
+        return False
+    if failed:
+        print(f"temper: robust accuracy is not to be believed: {', '.join(failed)} failed", file=sys.stderr)
+        return False
+    return True
+
+
+def _notes(
+    subject: Subject, threat: Threat, shown: Images, asked: tuple[Attack, ...], chosen: tuple[Attack, ...]
+) -> Iterator[str]:
+    """What a reader would not expect."""
+    beyond = check_labels(subject, shown.y, shown.source.classes)
+    if beyond is not None:
+        yield beyond
+    if threat.eps == 0:
+        yield "eps is 0: nothing can be changed, so robust accuracy is clean accuracy"
+    elif threat.eps == _farthest(threat, shown.x):
+        yield "eps reaches from every image to every other: only a constant answer could stand"
+    if asked != chosen:
+        kinds = ", ".join(attack.kind for attack in asked if attack not in chosen)
+        yield f"without gradients {kinds} cannot run; what runs is {', '.join(attack.kind for attack in chosen)}"
+
+
+def _threat(text: str) -> Threat:
+    norm, _, eps = text.partition(":")
+    try:
+        return Threat.load({"norm": norm, "eps": eps})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise BadInput(
+            f'audit: --threat: expected NORM:EPS such as linf:8/255, l2:0.5 or l1:12, got "{text}": '
+            f"{problem['loc'][0]}: {problem['msg'].removeprefix('Value error, ')}"
+        ) from error
+
+
+def _within(threat: Threat, x: Tensor) -> None:
+    farthest = _farthest(threat, x)
+    if threat.eps > farthest:
+        hint = f'; pixels lie in [0, 1], did you mean "{threat.eps:g}/255"?' if threat.norm == "linf" else ""
+        raise BadInput(
+            f"audit: --threat: expected eps of at most {farthest:g}, the {threat.norm} distance between a black and a "
+            f"white image, got {threat.eps:g}{hint}"
+        )
+
+
+def _farthest(threat: Threat, x: Tensor) -> float:
+    return float(x[0].numel() ** _POWERS[threat.norm])
+
+
+def _form(args: argparse.Namespace) -> Form:
+    if args.pixels is not None and (args.mean is not None or args.std is not None):
+        raise BadInput("audit: expected --pixels or --mean and --std, got both; give what the file wants")
+    if args.std is not None and 0 in args.std:
+        raise BadInput("audit: --std: expected numbers other than 0, got 0")
+    return Form(args.mean, args.std, args.pixels, args.layout)
+
+
+def _attacks(text: str) -> tuple[Attack, ...]:
+    sets: dict[str, tuple[Any, ...]] = {"quick": QUICK, "standard": STANDARD}
+    items = [item for name in text.split(",") for item in sets.get(name, (name,))]
+    try:
+        return tuple(load(ATTACKS, Attack, item) for item in items)  # type: ignore[type-abstract]
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise BadInput(
+            f"audit: --attack {text}: {where}: {problem['msg']}; audit takes attacks as they stand"
+        ) from error
+
+
+def _blind(asked: tuple[Attack, ...]) -> tuple[Attack, ...]:
+    """Those that need no gradients, and Square where none is left."""
+    kept = tuple(attack for attack in asked if not attack.needs_gradients)
+    return kept or (Square(stretch=False),)
+
+
+def _certifiers(text: str) -> dict[str, Certifier]:
+    listed = [] if text == "none" else text.split(",")
+    for name in listed:
+        if name in _ESTIMATORS:
+            raise BadInput(f"audit: --certify: {name} estimates bounds and proves nothing; `list bounds` names others")
+    return {name: load(BOUNDS, Certifier, name) for name in listed}  # type: ignore[type-abstract]
+
+
+def _ready(subject: Subject, shown: Images, seed: int) -> Any:
+    """Attacks that learn do so on the training part."""
+    return lambda attack: attack.prepare(
+        subject.attacked, _batches(shown.source.train), generator(seed, "prepare", attack.kind)
+    )
+
+
+def _batches(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+    for at in range(0, len(split), _BATCH):
+        yield split.floats(slice(at, at + _BATCH)), split.labels[at : at + _BATCH]
+
+
+def _settings(args: argparse.Namespace, threads: int, root: Path) -> dict[str, Any]:
+    """What was asked, in plain JSON data; defaults as they were taken."""
+    plain = {name: value for name, value in vars(args).items() if name not in ("json", "evidence")}
+    plain |= {"threads": threads, "data_root": root}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+
+
+def _writable(out: Path | None, model: Path) -> None:
+    """Found out before the work, not after."""
+    if out is None:
+        return
+    if out.is_dir() or not out.resolve().parent.is_dir():
+        raise BadInput(f"{out}: expected a file in a folder that exists, got {'a folder' if out.is_dir() else 'none'}")
+    if out.resolve() == model.resolve():
+        raise BadInput(f"{out}: this is the model; writing there would destroy it")
+    if not os.access(out.resolve().parent, os.W_OK):
+        raise BadInput(f"{out}: its folder cannot be written to; choose another place")

@@ -1,0 +1,199 @@
+"""One verdict for every image of an audit: proved, broken on the file itself, or standing after every attack.
+
+Attacks climb where gradients are (the torch twin), one after the other, each on what those before it left. What they
+find counts when the file, in onnxruntime, misreads it within ball and range. Where the file does not, the attack
+strikes again with the file's own values and the twin's gradients, and what is left over then is counted and told.
+
+Proofs are about the twin. Both leads in a comparison of classes may be off by what twin and file were seen to differ,
+so twice that gap is taken off every bound. For float files the bounds allow for float32 sums in any order, and the gap
+is for what onnxruntime does besides (it fuses operations); it is measured on some inputs and proved for none. A file
+that rounds on the way may land a whole code away from its twin, and of such a file nothing is proved.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages import evidence
+from stages.attacks.base import Attack
+from stages.bounds.base import Certifier
+from stages.evaluate import OnStep, outputs
+from stages.finding import Finding
+from stages.method import InputError
+from stages.oracle import Spent
+from stages.scene import Scene, Struck
+from stages.seeding import derive
+from stages.subject import Subject
+from stages.threat import Threat
+from stages.trial import Hit, Proved, joined, prove, strike
+
+Ready = Callable[[Attack], Attack]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is asked of every image. With `shortcuts` images proved robust are not attacked, and classes proved
+    unreachable are not targeted."""
+
+    threat: Threat
+    attacks: Mapping[str, Attack]
+    certifiers: Mapping[str, Certifier]
+    shortcuts: bool
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One attack: how many images it tried and broke, what it spent on them, how many broke the twin alone."""
+
+    name: str
+    tried: int
+    broke: int
+    twin_only: int
+    queries: int
+    gradients: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    scene: Scene
+    proved: Proved
+    struck: Struck
+    lines: tuple[Line, ...]
+
+    @property
+    def right(self) -> Tensor:
+        return self.scene.right
+
+    @property
+    def robust(self) -> Tensor:
+        return self.scene.right & self.struck.alive
+
+    @property
+    def certified(self) -> Tensor | None:
+        """bool [N]: proved by at least one certifier; None where none was asked."""
+        if not self.proved.leads:
+            return None
+        return torch.stack(list(self.proved.certified(self.scene.right).values())).any(0)
+
+
+def judge(
+    subject: Subject, x: Tensor, y: Tensor, indices: Tensor, plan: Plan, ready: Ready, on_step: Callable[[str], OnStep]
+) -> Verdicts:
+    """Every image [N, C, H, W] of labels [N]; `ready` prepares an attack that learns, `on_step(label)` counts images.
+
+    Without shortcuts the images that a proof would spare are attacked after the others and in batches of their own, so
+    that the others meet the same random numbers either way.
+    """
+    right = outputs(subject.file, x).argmax(1) == y
+    scene = Scene(subject.file, x, y, indices, plan.threat, right)
+    proved = _proved(subject, scene, plan.certifiers, on_step)
+    unproved = proved.unproved
+    safe = torch.zeros_like(right) if unproved is None else right & ~unproved.any(1)
+    groups = (right & ~safe,) if plan.shortcuts else (right & ~safe, safe)
+    # An image is broken once: one tensor of inputs serves all attacks.
+    best, alive = x.clone(), right
+    stored: list[str | None] = [None] * len(x)
+    hits, lines = {}, []
+    for name, attack in plan.attacks.items():
+        start, prepared, twin_only = time.perf_counter(), ready(attack), 0
+        hit = _untried(x)
+        for number, group in enumerate(groups):
+            seed, targets = derive(plan.seed, name, number), unproved if plan.shortcuts else None
+            found, missed = _strike(subject, scene, prepared, group & alive, seed, targets, on_step(name))
+            hit, twin_only = joined(hit, found), twin_only + missed
+        broken = (~hit.survived).nonzero().flatten()
+        best[broken] = hit.x_adv[broken]
+        for row in broken.tolist():
+            stored[row] = name
+        alive = alive & hit.survived
+        hits[name] = Hit(hit.tried, hit.survived & right, best, hit.spent)
+        lines.append(_line(name, hit, twin_only, time.perf_counter() - start))
+    return Verdicts(scene, proved, Struck(dict(plan.attacks), hits, best, stored), tuple(lines))
+
+
+def _proved(
+    subject: Subject, scene: Scene, certifiers: Mapping[str, Certifier], on_step: Callable[[str], OnStep]
+) -> Proved:
+    """Bounds of the twin, less what the file may be away from it."""
+    twin, why = subject.twin, "there is no torch twin to prove it of"
+    if twin is not None and twin.twin.rounds:
+        twin, why = None, "the file rounds on the way, and may land a code away from what was bounded"
+    if twin is None:
+        leads = torch.full((len(scene.x), subject.classes), float("-inf"))
+        nothing = leads.scatter(1, scene.y.unsqueeze(1), float("inf"))
+        told = (Finding(f"covers_{name}", True, f"{name} proves nothing about this file: {why}") for name in certifiers)
+        return Proved(dict(certifiers), dict.fromkeys(certifiers, nothing), tuple(told))
+    labelled = lambda name: on_step(f"certify {name}")  # noqa: E731
+    found = prove(twin, scene.x, scene.y, subject.classes, scene.threat, certifiers, labelled)
+    slack = 2 * subject.gap
+    return Proved(found.certifiers, {name: leads - slack for name, leads in found.leads.items()}, found.findings)
+
+
+def _strike(
+    subject: Subject,
+    scene: Scene,
+    attack: Attack,
+    rows: Tensor,
+    seed: int,
+    unproved: Tensor | None,
+    on_step: OnStep,
+) -> tuple[Hit, int]:
+    """What the file itself misreads, and how many images broke the twin alone."""
+    x, y, threat = scene.x, scene.y, scene.threat
+    first = strike(subject.attacked, attack, x, y, rows, threat, seed, unproved, on_step)
+    broken = misread(subject, scene, first, rows)
+    missed = rows & ~first.survived & ~broken
+    found = _counted(first, broken, x)
+    if bool(missed.any()):
+        second = strike(subject.through, attack, x, y, missed, threat, derive(seed, "file"), unproved)
+        more = misread(subject, scene, second, missed)
+        found, missed = joined(found, _counted(second, more, x)), missed & ~more
+    return found, int(missed.sum())
+
+
+def _counted(hit: Hit, broken: Tensor, x: Tensor) -> Hit:
+    """What of a hit counts: the images that the file misreads."""
+    return Hit(hit.tried, ~broken, torch.where(_wide(broken, x), hit.x_adv, x), hit.spent)
+
+
+def _untried(x: Tensor) -> Hit:
+    none = torch.zeros(len(x), dtype=torch.int64)
+    return Hit(none > 0, none == 0, x, Spent(none, none))
+
+
+def misread(subject: Subject, scene: Scene, hit: Hit, rows: Tensor) -> Tensor:
+    """bool [N]: `rows` that the attack broke and that the file misreads, within ball and range."""
+    broken = torch.zeros_like(rows)
+    chosen = (rows & ~hit.survived).nonzero().flatten()
+    if len(chosen):
+        again = evidence.recheck(subject.file, scene.x[chosen], hit.x_adv[chosen], scene.y[chosen], scene.threat)
+        broken[chosen] = again.holds
+    return broken
+
+
+def _wide(rows: Tensor, x: Tensor) -> Tensor:
+    return rows.view((-1,) + (1,) * (x.dim() - 1))
+
+
+def _line(name: str, hit: Hit, twin_only: int, seconds: float) -> Line:
+    broke = int((hit.tried & ~hit.survived).sum())
+    queries, gradients = int(hit.spent.queries.sum()), int(hit.spent.gradients.sum())
+    return Line(name, int(hit.tried.sum()), broke, twin_only, queries, gradients, seconds)
+
+
+def check_labels(subject: Subject, y: Tensor, classes: Sequence[str]) -> str | None:
+    """Raises `InputError` for labels beyond the outputs; a sentence where the file knows more classes than the data."""
+    top = int(y.max())
+    if top >= subject.classes:
+        raise InputError(
+            f"{subject.path}: it has {subject.classes} outputs, but the data holds labels up to {top}; "
+            "is it the classifier for this data?"
+        )
+    if subject.classes != len(classes):
+        return f"the file has {subject.classes} outputs, the data {len(classes)} classes"
+    return None
