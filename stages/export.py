@@ -7,18 +7,25 @@ precision lies beside it (`bundle/model.int8.onnx`), and the contract names the 
 What is measured, all of it on the lowered file in onnxruntime: parity with torch, accuracy, and robust accuracy as the
 worst, per image, of the adversarial examples that broke the float network, a gradient attack through the file's torch
 twin and a black-box attack on its outputs; size; and speed and memory where this machine is the kind that will run it.
+
+Where validate fitted a detector it becomes part of the graph (`targets/lowering/attach.py`), and is attacked again
+around the lowered network: validate's inputs are replayed, then its adaptive attack goes through the file. Speed, size
+and memory are those of network and detector together.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, field_validator
 
 from pipeline.core.measurement import exact
 from pipeline.core.stage import Context, Files, Result
-from stages import evidence, packing, remeasure
+from stages import detection, evidence, packing, remeasure
+from stages.attachment import TABLE, Attachment
 from stages.attacks.base import FOLDER as ATTACKS
 from stages.attacks.base import QUICK, AttackSet
+from stages.detectors.base import FOLDER as DETECTORS
 from stages.evaluate import frozen
 from stages.lowering import calibration, check_export, lower
 from stages.method import Value
@@ -26,18 +33,20 @@ from stages.nn import checkpoint
 from stages.nn.fold import dense, fold
 from stages.nn.imported import imported
 from stages.nn.to_onnx import export
+from stages.oracle import Logits
 from stages.shipped import Shipped
-from stages.task import Task
+from stages.task import Splits, Task
 from stages.tuning import sample
 from targets.lowering.apply import check_passes, passes_for
 from targets.runtime.ort import OrtEngine
 
 LIBRARIES = ("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "safetensors")
-# Named in evidence.jsonl, which is an input and no config.
-READS = (ATTACKS,)
+# Named in evidence.jsonl and detector.json, which are inputs and no config.
+READS = (ATTACKS, DETECTORS)
 
 PassSpec = str | dict[str, Any]
 _FIGURES = ("figures.json", "images/")
+WITH_DETECTOR = detection.names("shipped.test")
 
 
 class Config(Value):
@@ -75,7 +84,9 @@ class Config(Value):
 
 
 def measures(config: Config, task: Mapping[str, Any]) -> frozenset[str]:
-    """Raises `InputError` for a precision that is not on offer, or an attack without a version for the task's norm."""
+    """The names in `WITH_DETECTOR` are measured only where validate fitted one; a limit on them refuses where not.
+
+    Raises `InputError` for a precision that is not on offer, or an attack without a version for the task's norm."""
     threat = Task.load(task).threat
     for attack in config.attacks:
         attack.accept(threat)
@@ -83,7 +94,7 @@ def measures(config: Config, task: Mapping[str, Any]) -> frozenset[str]:
     names = {f"accuracy.{what}.shipped.{part}" for what in ("clean", "robust") for part in ("holdout", "test")}
     names |= {"parity.logits", "parity.top1", "size.model", "size.bundle"}
     names |= {"memory.peak"} if config.runtime == "onnxruntime" else set()
-    return frozenset(names | ({"latency.p50", "latency.p95"} if config.measures_speed else set()))
+    return frozenset(names | ({"latency.p50", "latency.p95"} if config.measures_speed else set()) | WITH_DETECTOR)
 
 
 def run(files: Files, config: Config, ctx: Context) -> Result:
@@ -98,19 +109,42 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
         check_export(net, plain, splits)
         ctx.emit("progress", {"label": f"lower to {config.precision}", "done": 1, "total": 4})
         images = calibration(net, splits, threat, config.calibration, ctx.seed)
-        lowered = lower(plain, config.precisions, config.precision, images, ctx.scratch, _noting(ctx))
-        shipped = Shipped(OrtEngine(lowered.model, config.threads), imported(lowered.model))
+        attached = _attachment(files, splits, config, ctx)
+        lowered = lower(plain, config.precisions, config.precision, images, ctx.scratch, _noting(ctx), attached)
+        shipped = Shipped(OrtEngine(lowered.network, config.threads), imported(lowered.network))
         ctx.emit("progress", {"label": "attack the file", "done": 2, "total": 4})
         held = sample(splits.holdout, config.holdout_samples)
         with_held = remeasure.on_holdout(shipped, net, held, config.attacks, threat, ctx.seed, ctx.emit)
         with_test, findings = remeasure.on_test(
             shipped, config.precision, splits.test, files, config.attacks, threat, ctx.seed, ctx.emit
         )
+        guarded = None
+        if attached is not None:
+            engine = OrtEngine(lowered.model, config.threads)
+            guarded = detection.detect_on_file(
+                attached,
+                lowered.network,
+                shipped,
+                engine,
+                with_test.split,
+                with_test.x_adv,
+                with_test.alive,
+                threat,
+                ctx,
+            )
+            findings = (*findings, *(f"{found.name}: {found.text}" for found in guarded.findings if not found.ok))
         parity = remeasure.parity(net, shipped, splits.holdout, config.holdout_samples)
     ctx.emit("progress", {"label": "measure speed and size", "done": 3, "total": 4})
     strength = evidence.strength(with_test.attacks)
     contract = packing.contract(
-        splits, threat, config.precision, config.runtime, config.provider, config.machine, strength
+        splits,
+        threat,
+        config.precision,
+        config.runtime,
+        config.provider,
+        config.machine,
+        strength,
+        None if attached is None else attached.contract(lowered.network),
     )
     bundle = packing.write(ctx.scratch / "bundle", plain, lowered, contract, splits)
     runs = bundle[contract["model"]]
@@ -124,13 +158,28 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
         else ()
     )
     ctx.emit("progress", {"label": "measure speed and size", "done": 4, "total": 4})
+    measured = (*with_held.measurements, *with_test.measurements)
+    outcomes = with_held.outcomes | with_test.outcomes
+    if guarded is not None:
+        measured, outcomes = measured + guarded.measurements, outcomes | guarded.outcomes
     kept = {name: path for name, path in files.items() if name.startswith(_FIGURES)}
     return Result(
         files={**kept, **{f"bundle/{name}": path for name, path in bundle.items()}},
-        measurements=(*with_held.measurements, *with_test.measurements, *parity, *sizes, *speed),
-        outcomes=with_held.outcomes | with_test.outcomes,
+        measurements=(*measured, *parity, *sizes, *speed),
+        outcomes=outcomes,
         findings=findings,
     )
+
+
+def _attachment(files: Files, splits: Splits, config: Config, ctx: Context) -> Attachment | None:
+    if TABLE not in files:
+        return None
+
+    def logits(network: bytes) -> Logits:
+        engine = OrtEngine(network, config.threads)
+        return lambda x: torch.from_numpy(engine(x.numpy()))
+
+    return Attachment(files, splits.holdout.floats(), len(splits.classes), logits, _noting(ctx))
 
 
 def _noting(ctx: Context) -> Callable[[str], None]:

@@ -12,7 +12,7 @@ from stages.method import InputError
 from stages.seeding import generator
 from stages.task import Splits
 from stages.threat import Threat
-from targets.lowering.apply import Lowered, PassSpec, apply, passes_for, prove
+from targets.lowering.apply import Guard, Lowered, PassSpec, apply, passes_for, prove
 from targets.passes.base import Kit
 from targets.runtime.ort import OrtEngine
 
@@ -55,13 +55,15 @@ def lower(
     images: Tensor,
     work: Path,
     note: Callable[[str], None],
+    guard: Guard | None = None,
 ) -> Lowered:
-    """The graph at one precision; `images` fix the ranges of int8. Raises `LoweringError`."""
+    """The graph at one precision; `images` fix the ranges of int8, `guard` makes a detector's graph for each lowered
+    network. Raises `LoweringError`."""
     kit = Kit(images.numpy(), work, note=note)
     if any("tensorrt_check" in map(_pass_name, passes) for passes in precisions.values()):
         # NVIDIA's parser must take every precision on offer, whichever is chosen.
-        return prove(model, precisions, kit)[precision]
-    return apply(model, passes_for(precisions, precision), kit)
+        return prove(model, precisions, kit, guard=guard)[precision]
+    return apply(model, passes_for(precisions, precision), kit, guard=guard)
 
 
 def _pass_name(spec: PassSpec) -> str:

@@ -11,8 +11,8 @@ from stages import evidence
 from stages.task import Splits
 from stages.threat import Threat
 from targets.lowering.apply import Lowered
-from targets.lowering.parity import logits_of
 from targets.runtime.form import BATCHES
+from targets.runtime.ort import OrtEngine
 
 _PREDICT = Path(__file__).resolve().parent.parent / "targets" / "runtime" / "predict_bundle.txt"
 _PROBES = 32
@@ -34,7 +34,10 @@ def write(folder: Path, plain: bytes, lowered: Lowered, contract: Mapping[str, A
     made["contract.json"] = json.dumps(contract, sort_keys=True, indent=1).encode()
     for file, data in made.items():
         (folder / file).write_bytes(data)
-    np.savez(folder / "probe.npz", inputs=probe, logits=logits_of(lowered.model, probe))
+    # A flag is the score held against the contract's threshold, so the score is enough.
+    arrays: dict[str, Any] = {"inputs": probe, **OrtEngine(lowered.model).outputs(probe)}
+    arrays.pop("flag", None)
+    np.savez(folder / "probe.npz", **arrays)
     return {path.name: path for path in sorted(folder.iterdir())}
 
 
@@ -46,6 +49,7 @@ def contract(
     provider: str | None,
     machine: str | None,
     strength: evidence.Strength,
+    detector: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a reader of the bundle must know before the first image; the engine adds digests and numbers."""
     found = {
@@ -64,6 +68,7 @@ def contract(
             "range": [0, 1],
         },
         "output": {"name": "logits", "classes": len(splits.classes)},
+        "detector": detector,
         "labels": list(splits.classes),
         "threat": {"norm": threat.norm, "eps": threat.eps},
         "attacks": strength,

@@ -33,11 +33,14 @@ _LEVEL = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Struck:
-    """Two accuracies of one split, clean and robust, one bit per example; what survived, bool [N], and what."""
+    """Two accuracies of a split of N images, clean and robust, one bit per example; what survived, bool [N], the
+    points that broke the others, float32 [N, C, H, W], and the attacks."""
 
+    split: Split
     measurements: tuple[Measurement, ...]
     outcomes: dict[str, Outcomes]
     alive: Tensor
+    x_adv: Tensor
     attacks: Sequence[Attack]
 
 
@@ -158,7 +161,7 @@ def _strike(
     seed: int,
     emit: Emit,
 ) -> Struck:
-    clean, alive = survivors(
+    clean, alive, x_adv = survivors(
         shipped, attacks, split.images, split.labels, replay, threat, derive(seed, part), _progress(emit, part)
     )
     measured, outcomes = [], dict[str, Outcomes]()
@@ -166,7 +169,7 @@ def _strike(
         measurement, bits = accuracy(f"accuracy.{what}.shipped.{part}", hits, split.indices, evidence.strength(attacks))
         measured.append(measurement)
         outcomes |= bits
-    return Struck(tuple(measured), outcomes, alive, attacks)
+    return Struck(split, tuple(measured), outcomes, alive, x_adv, attacks)
 
 
 def _progress(emit: Emit, part: str) -> Any:

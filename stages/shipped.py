@@ -52,8 +52,9 @@ def survivors(
     threat: Threat,
     seed: int,
     on_step: OnStep | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Which images the file classifies rightly, and rightly still under the worst of everything, both bool [N].
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which images the file classifies rightly, and rightly still under the worst of everything, both bool [N]; and
+    the points that broke the others, float32 [N, C, H, W], the image itself where it was not broken.
 
     `replay` [N, C, H, W] are adversarial examples found elsewhere (on the float network); an image whose replayed
     example is misread is broken before any attack of our own starts. Every attack is run on what is left. The points
@@ -61,15 +62,17 @@ def survivors(
     """
     images = x if x.dtype == torch.float32 else x.to(torch.float32) / 255
     clean = correct(shipped, images, y)
-    alive = clean & correct(shipped, threat.project(replay, images), y)
+    replay = threat.project(replay, images)
+    alive = clean & correct(shipped, replay, y)
+    found = torch.where((clean & ~alive).view(-1, 1, 1, 1), replay, images)
     for number, attack in enumerate(attacks):
         rows = alive.nonzero().flatten()
         if len(rows) == 0:
             break
-        survived, _ = under_attack(
+        survived, points = under_attack(
             shipped, attack, images[rows], y[rows], threat, derive(seed, "shipped", number, attack.kind)
         )
-        alive[rows[~survived]] = False
+        alive[rows[~survived]], found[rows] = False, points
         if on_step is not None:
             on_step(number + 1, len(attacks))
-    return clean, alive
+    return clean, alive, found

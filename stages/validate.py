@@ -12,11 +12,12 @@ from pipeline.core.gate import Budget
 from pipeline.core.measurement import Measurement, Strength, wilson
 from pipeline.core.record import Outcomes
 from pipeline.core.stage import Context, Files, Result
-from stages import evidence, validity
+from stages import detection, evidence, validity
 from stages.attacks.base import QUICK, AttackSet
 from stages.bounds.base import AnyCertifier
 from stages.data._cut import subset
 from stages.data.base import Split
+from stages.detectors.base import AnyDetector
 from stages.early import Early
 from stages.evaluate import OnStep, frozen
 from stages.finding import Finding, Point
@@ -50,6 +51,9 @@ class Config(Value):
 
     The validity checks and the curve over `curve` times eps use the first `validity_samples` of a further shuffle of
     those images; `images` of the broken ones go into the report.
+
+    `detector`, by name or table, is fitted on the hold-out and attacked on the test images, by what the attacks found
+    without knowing it and by its own adaptive attack; export then makes it part of the graph.
     """
 
     samples: int = Field(default=1000, ge=2)
@@ -63,6 +67,7 @@ class Config(Value):
         default=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0), min_length=2
     )
     images: int = Field(default=8, ge=0)
+    detector: AnyDetector | None = None
 
 
 def measures(config: Config, task: Mapping[str, Any]) -> frozenset[str]:
@@ -78,7 +83,10 @@ def measures(config: Config, task: Mapping[str, Any]) -> frozenset[str]:
             f"early: expected a limit on {ROBUST} with at_least and nothing else, got none; "
             "the verdict to wait for is that limit's"
         )
-    return frozenset(names | ({"accuracy.certified.test"} if config.certify else set()))
+    elif config.detector is not None:
+        raise InputError("early: a detector asks for every image under every attack; drop one of the two")
+    names |= {"accuracy.certified.test"} if config.certify else set()
+    return frozenset(names | (detection.names("test") if config.detector is not None else set()))
 
 
 def obeying(table: Mapping[str, Any], limits: Budget) -> Mapping[str, Any]:
@@ -92,6 +100,8 @@ def obeying(table: Mapping[str, Any], limits: Budget) -> Mapping[str, Any]:
 
 def run(files: Files, config: Config, ctx: Context) -> Result:
     """Writes `evidence.jsonl`, `adversarial.safetensors` (x_adv, indices, survived), `figures.json` and `images/`.
+
+    With a detector also `detector.json` and `detector.safetensors` (`attachment.write` documents them).
 
     Passes `arch.json` and `weights.safetensors` on. Finished attacks stay in the scratch folder, and a run that was
     stopped goes on after the last of them, to the same bytes. Everything is float32.
@@ -115,6 +125,12 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
         else:
             struck = striker.early(config.attacks, config.stop_at, config.early)
         points, findings = _doubt(scene, struck, proved, config, task.split_seed, ctx)
+        guarded = None
+        if config.detector is not None:
+            sure = torch.zeros_like(scene.right) if proved.unproved is None else ~proved.unproved.any(1)
+            held = splits.holdout.images
+            guarded = detection.detect(config.detector, scene, struck, sure, held, _digest(files), ctx)
+            findings = (*findings, *guarded.findings)
         header = evidence.Header(
             threat=task.threat.dump(),
             split="test",
@@ -129,6 +145,8 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
     measured, outcomes = _measure(scene, struck, proved, strength)
     if struck.early is not None:
         ctx.emit("note", {"text": _told(struck.early, scene)})
+    if guarded is not None:
+        out, measured, outcomes = out | guarded.files, measured + guarded.measurements, outcomes | guarded.outcomes
     for finding in findings:
         ctx.emit("note", {"text": f"{'ok' if finding.ok else 'FAILED'}: {finding.name}: {finding.text}"})
     return Result(

@@ -41,6 +41,7 @@ Budget = tuple[Limit, ...]
 
 _UNITS = {
     "accuracy.": "fraction",
+    "detector.": "fraction",
     "parity.top1": "fraction",
     "parity.logits": "logit",
     "latency.": "ms",

@@ -60,13 +60,14 @@ def margin(value: float, unit: str) -> str:
 
 
 def metric_title(name: str) -> str:
-    """`accuracy.robust.pgd.test` -> `robust accuracy (pgd), test`."""
+    """`accuracy.robust.pgd.test` -> `robust accuracy (pgd), test`; `detector.` likewise."""
     kind, *rest = name.split(".")
-    if kind == "accuracy" and rest:
+    if kind in ("accuracy", "detector") and rest:
         split = [part for part in rest if part in ("holdout", "test")]
         inner = [part for part in rest[1:] if part not in ("holdout", "test")]
         detail = f" ({', '.join(inner)})" if inner else ""
-        return f"{rest[0]} accuracy{detail}{', ' if split else ''}{', '.join(split).replace('holdout', 'hold-out')}"
+        what = f"{rest[0]} accuracy" if kind == "accuracy" else f"detector: {rest[0].replace('_', ' ')}"
+        return f"{what}{detail}{', ' if split else ''}{', '.join(split).replace('holdout', 'hold-out')}"
     known = {
         "cost.params": "parameters",
         "cost.macs": "multiply-adds",

@@ -71,10 +71,12 @@ class Adaptive(Value):
         for start in starts:
             with torch.no_grad():
                 found.note(start, everyone, *examine(start, everyone), by=-2)
+        everywhere = torch.ones_like(found.wrong)
         for number, weight in enumerate((*self.weights, None)):
-            points = [*starts, *(threat.random(x, rng) for _ in range(self.restarts))]
-            for start in points:
-                left = everyone[~found.evaded]
+            points = list(zip(starts, _fresh(starts), strict=True))
+            points += [(threat.random(x, rng), everywhere) for _ in range(self.restarts)]
+            for start, fresh in points:
+                left = everyone[fresh & ~found.evaded]
                 self._climb(examine, weight, found, start[left], left, x, threat, number)
         return Evaded(found.wrong, found.evaded, found.x_adv, found.score, found.by)
 
@@ -105,6 +107,17 @@ class Adaptive(Value):
                 found.note(point, rows, *examine(point, rows), by=number)
 
 
+def _fresh(starts: Sequence[Tensor]) -> list[Tensor]:
+    """By start, bool [B]: whether no start before it is the same point, which would be climbed from twice."""
+    found = []
+    for number, start in enumerate(starts):
+        seen = torch.zeros(len(start), dtype=torch.bool, device=start.device)
+        for one in starts[:number]:
+            seen |= (start == one).flatten(1).all(1)
+        found.append(~seen)
+    return found
+
+
 def _slope(z: Tensor, suspicions: Tensor, point: Tensor, y: Tensor, threshold: float, weight: float | None) -> Tensor:
     """The gradient of the objective, summed over the examples so that none depends on another."""
     lead = margin(z, y)
@@ -114,8 +127,10 @@ def _slope(z: Tensor, suspicions: Tensor, point: Tensor, y: Tensor, threshold: f
         objective = torch.where(right, lead, -excess)
     else:
         objective = lead - weight * excess
-    (slope,) = torch.autograd.grad(objective.sum(), point)
-    return slope
+    if not objective.requires_grad:  # nothing leads back to the input: the attack stands still, and findings say so
+        return torch.zeros_like(point)
+    (slope,) = torch.autograd.grad(objective.sum(), point, allow_unused=True)
+    return torch.zeros_like(point) if slope is None else slope
 
 
 @dataclass(slots=True)

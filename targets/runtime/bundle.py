@@ -11,6 +11,8 @@
     machine         optional; `platform.machine()` of the device, where limits that are owed can be settled
     input           {name, shape: [C, H, W], dtype: "float32", layout: "NCHW", range: [0, 1]}
     output          {name: "logits", classes}
+    detector        optional; {kind, settings, false_alarms, threshold, outputs: ["score", "flag"]}: the model has two
+                    outputs more, score float32 [batch] and flag bool [batch], which is score > threshold
     labels          one name per class
     recipe          optional; how `finish` builds an engine: {"strongly_typed": true, "batches": [1, 1, 64]}
     threat          {norm, eps}
@@ -90,6 +92,11 @@ class Bundle:
         return int(self.manifest["output"]["classes"])
 
     @property
+    def guarded(self) -> bool:
+        """Whether the model holds a detector, and so answers with score and flag too."""
+        return "detector" in self.manifest
+
+    @property
     def labels(self) -> tuple[str, ...]:
         return tuple(self.manifest["labels"])
 
@@ -119,21 +126,33 @@ class Bundle:
 
     def probe(self) -> tuple[Array, Array]:
         """Probe inputs [n, C, H, W] and the logits [n, classes] that the model gave when it was exported."""
-        if PROBE not in self.manifest["files"]:
-            raise BundleError(f"{self.folder}: no {PROBE}, so nothing can be reproduced; export the bundle again")
-        try:
-            with np.load(io.BytesIO(self.read(PROBE)), allow_pickle=False) as arrays:
-                inputs, logits = arrays["inputs"].astype(np.float32), arrays["logits"].astype(np.float32)
-        except (KeyError, ValueError, OSError) as error:
-            if isinstance(error, BundleError):
-                raise
-            raise BundleError(f"{self.folder / PROBE}: expected arrays inputs and logits, got: {error}") from error
+        arrays = self._probe("inputs", "logits")
+        inputs, logits = arrays["inputs"], arrays["logits"]
         if inputs.shape[1:] != self.shape or logits.shape != (len(inputs), self.classes) or not len(inputs):
             raise BundleError(
                 f"{self.folder / PROBE}: expected inputs [n, *{self.shape}], logits [n, {self.classes}], "
                 f"got {inputs.shape} and {logits.shape}"
             )
         return inputs, logits
+
+    def probe_scores(self) -> Array:
+        """The detector's scores [n] of the probe inputs, as the model gave them when it was exported."""
+        arrays = self._probe("inputs", "score")
+        if arrays["score"].shape != arrays["inputs"].shape[:1]:
+            raise BundleError(f"{self.folder / PROBE}: expected score [n], got {arrays['score'].shape}")
+        return arrays["score"]
+
+    def _probe(self, *names: str) -> dict[str, Array]:
+        if PROBE not in self.manifest["files"]:
+            raise BundleError(f"{self.folder}: no {PROBE}, so nothing can be reproduced; export the bundle again")
+        try:
+            with np.load(io.BytesIO(self.read(PROBE)), allow_pickle=False) as arrays:
+                return {name: arrays[name].astype(np.float32) for name in names}
+        except (KeyError, ValueError, OSError) as error:
+            if isinstance(error, BundleError):
+                raise
+            expected = " and ".join(names)
+            raise BundleError(f"{self.folder / PROBE}: expected arrays {expected}, got: {error}") from error
 
     def device(self) -> dict[str, Any] | None:
         """What `finish` wrote here for these very bytes; None where it has not run or ran on another bundle."""

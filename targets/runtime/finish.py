@@ -173,11 +173,13 @@ def _with_tensorrt(bundle: Bundle, runs: int, warmup: int) -> tuple[dict[str, An
         plan = made.read_bytes()
     cuda = trt.Cuda()
     free, (resident, _) = cuda.free_bytes(), latency.resident()
-    engine = trt.TrtEngine(import_module(name), plan, cuda, bundle.shape, bundle.classes, bundle.batches[2])
+    engine = trt.TrtEngine(
+        import_module(name), plan, cuda, bundle.shape, bundle.classes, bundle.batches[2], bundle.guarded
+    )
     # TensorRT picks other kernels and fuses other nodes than onnxruntime: the classes must agree, the last bits cannot.
-    rows, failures = _parity(Predictor(bundle, engine, "TensorRT"), None)
+    rows, failures = _parity(Predictor(bundle, engine.outputs, "TensorRT"), None)
     image = bundle.probe()[0][:1]
-    p50, p95 = latency.percentiles(latency.time_calls(lambda: engine(image), runs, warmup))
+    p50, p95 = latency.percentiles(latency.time_calls(lambda: engine.outputs(image), runs, warmup))
     host, device = max(0, latency.resident()[0] - resident), max(0, free - cuda.free_bytes())
     rows += _speed(p50, p95, runs)
     rows.append(_exact("memory.peak", host + device, "bytes"))

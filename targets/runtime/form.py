@@ -69,6 +69,12 @@ def _network(manifest: Mapping[str, Any], where: Path) -> None:
     classes = _field(output, "classes", int, where)
     if output.get("name") != "logits" or classes < 2:
         raise BundleError(f'{where}: output: expected name "logits" and at least 2 classes, got {output!r}')
+    if "detector" in manifest:
+        detector = _field(manifest, "detector", dict, where)
+        if detector.get("outputs") != ["score", "flag"] or not _number(detector.get("threshold")):
+            raise BundleError(
+                f'{where}: detector: expected outputs ["score", "flag"] and a finite threshold, got {detector!r:.200}'
+            )
     labels = _field(manifest, "labels", list, where)
     if len(labels) != classes or not all(isinstance(label, str) for label in labels):
         raise BundleError(f"{where}: labels: expected {classes} names, got {labels!r}")

@@ -1,8 +1,11 @@
-"""Open a bundle and predict: digests first, then one runtime, then images to logits, labels and margins."""
+"""Open a bundle and predict: digests first, then one runtime, then images to logits, labels and margins.
+
+Where the bundle holds a detector, every answer has its score and flag: a flagged input's label is not to be trusted.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,28 +15,45 @@ from targets.runtime.errors import BundleError, MissingRuntime
 from targets.runtime.images import as_images
 
 Array = npt.NDArray[np.float32]
-Engine = Callable[[Array], Array]
+Outputs = Callable[[Array], dict[str, npt.NDArray[Any]]]
+"""Images -> every output of the model by name."""
+
+
+class Answer(NamedTuple):
+    """Logits float32 [N, classes]; the detector's scores float32 [N] and flags bool [N], None without one."""
+
+    logits: Array
+    scores: Array | None
+    flags: npt.NDArray[np.bool_] | None
 
 
 class Predictor:
     """A callable from images to logits. `provider` names what runs: onnxruntime's provider, or "TensorRT"."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, provider: str) -> None:
-        self.bundle, self.engine, self.provider = bundle, engine, provider
+    def __init__(self, bundle: Bundle, outputs: Outputs, provider: str) -> None:
+        self.bundle, self.outputs, self.provider = bundle, outputs, provider
 
     def __call__(self, images: npt.NDArray[Any]) -> Array:
-        """Images uint8 [N, C, H, W], or floats in [0, 1], -> logits float32 [N, classes].
+        """Images uint8 [N, C, H, W], or floats in [0, 1], -> logits float32 [N, classes]; raises as `answer`."""
+        return self.answer(images).logits
+
+    def answer(self, images: npt.NDArray[Any]) -> Answer:
+        """Images uint8 [N, C, H, W], or floats in [0, 1], -> logits and, where there is a detector, what it says.
 
         Raises `BadImages` for any other input, `BundleError` where the model answers in another shape.
         """
         checked = as_images(images, self.bundle.shape)
-        logits = self.engine(checked)
-        if logits.shape != (len(checked), self.bundle.classes):
-            raise BundleError(
-                f"{self.bundle.folder / self.bundle.model}: expected logits [{len(checked)}, {self.bundle.classes}], "
-                f"got {list(logits.shape)}"
-            )
-        return logits
+        found = self.outputs(checked)
+        wanted: dict[str, tuple[int, ...]] = {"logits": (len(checked), self.bundle.classes)}
+        if self.bundle.guarded:
+            wanted |= {"score": (len(checked),), "flag": (len(checked),)}
+        for name, shape in wanted.items():
+            got = list(found[name].shape) if name in found else "nothing"
+            if got != list(shape):
+                raise BundleError(f"{self.bundle.folder / self.bundle.model}: expected {name} {list(shape)}, got {got}")
+        if not self.bundle.guarded:
+            return Answer(found["logits"], None, None)
+        return Answer(found["logits"], found["score"], found["flag"].astype(np.bool_))
 
     def predict(self, images: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], Array]:
         """Labels int64 [N] (numbers of classes; `bundle.labels` has their names) and margins float32 [N].
@@ -67,7 +87,8 @@ def open_bundle(path: str | Path, verify: bool = True, threads: int = 1, runtime
         if plan is not None:
             from targets.runtime.trt import open_engine
 
-            return Predictor(bundle, open_engine(plan, bundle.shape, bundle.classes, bundle.batches[2]), "TensorRT")
+            engine = open_engine(plan, bundle.shape, bundle.classes, bundle.batches[2], bundle.guarded)
+            return Predictor(bundle, engine.outputs, "TensorRT")
         if runtime == "tensorrt":
             raise BundleError(f"{bundle.folder}: no engine was built here yet; run `finish` on the device")
     return on_onnxruntime(bundle, threads, runtime)
@@ -85,4 +106,4 @@ def on_onnxruntime(bundle: Bundle, threads: int = 1, runtime: str = "auto") -> P
         if runtime != "auto" or wanted == CPU:
             raise
         engine = OrtEngine(model, threads, CPU)
-    return Predictor(bundle, engine, engine.provider)
+    return Predictor(bundle, engine.outputs, engine.provider)

@@ -3,6 +3,8 @@
     curl --data-binary @images.npy http://127.0.0.1:8000/predict
     {"classes": [3], "labels": ["three"], "margins": [4.1]}
 
+and, where the bundle holds a detector, "scores": [0.02], "flags": [false]: a flagged answer is not to be trusted.
+
 Bodies: a `.npy` file, a PNG or JPEG of the network's own size, or raw float32 or uint8 (`X-Dtype`, `X-Shape`).
 Bad input is answered 4xx with {"error": ...}: 413 too large, 422 anything else that cannot be predicted.
 """
@@ -81,13 +83,16 @@ def make_app(predictor: Predictor, max_bytes: int = MAX_BYTES) -> "FastAPI":
     def answer(body: bytes, headers: dict[str, str]) -> dict[str, Any]:
         images = decode(body, headers, bundle.shape)
         with turn:
-            logits = predictor(images)
-        classes, margins = decide(logits)
-        return {
+            found = predictor.answer(images)
+        classes, margins = decide(found.logits)
+        told: dict[str, Any] = {
             "classes": classes.tolist(),
             "labels": [bundle.labels[i] for i in classes],
             "margins": [round(float(m), 6) for m in margins],
         }
+        if found.scores is not None and found.flags is not None:
+            told |= {"scores": [round(float(s), 6) for s in found.scores], "flags": found.flags.tolist()}
+        return told
 
     async def predict(request: Request) -> JSONResponse:
         length = request.headers.get("content-length", "")

@@ -29,14 +29,16 @@ def driver_answers(timeout: float = 30.0) -> bool:
     return done.returncode == 0
 
 
-def open_engine(plan: bytes, shape: tuple[int, int, int], classes: int, largest: int = BATCHES[2]) -> "TrtEngine":
+def open_engine(
+    plan: bytes, shape: tuple[int, int, int], classes: int, largest: int = BATCHES[2], guarded: bool = False
+) -> "TrtEngine":
     """Deserialise a plan on this machine's GPU. Raises `MissingRuntime` without TensorRT or a driver."""
     name = installed()
     if name is None:
         raise MissingRuntime(f"TensorRT is not installed ({' or '.join(MODULES)}); or open with runtime='cpu'")
     if not driver_answers():
         raise MissingRuntime("no CUDA driver answers on this machine; open with runtime='cpu'")
-    return TrtEngine(import_module(name), plan, Cuda(), shape, classes, largest)
+    return TrtEngine(import_module(name), plan, Cuda(), shape, classes, largest, guarded)
 
 
 class Cuda:
@@ -61,11 +63,11 @@ class Cuda:
         self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size))
         return pointer.value
 
-    def upload(self, pointer: int, array: Array) -> None:
+    def upload(self, pointer: int, array: npt.NDArray[Any]) -> None:
         source = ctypes.c_void_p(array.ctypes.data)
         self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(pointer), source, ctypes.c_size_t(array.nbytes))
 
-    def download(self, array: Array, pointer: int) -> None:
+    def download(self, array: npt.NDArray[Any], pointer: int) -> None:
         target = ctypes.c_void_p(array.ctypes.data)
         self._call("cuMemcpyDtoH_v2", target, ctypes.c_uint64(pointer), ctypes.c_size_t(array.nbytes))
 
@@ -85,35 +87,60 @@ class Cuda:
 
 
 class TrtEngine:
-    """One execution context with buffers for the largest batch; calls are one after another, not thread-safe."""
+    """One execution context with buffers for the largest batch; calls are one after another, not thread-safe.
+
+    `guarded` says that the graph has a detector, so that its outputs are logits, score and flag.
+    """
 
     def __init__(
-        self, trt: Any, plan: bytes, cuda: Any, shape: tuple[int, int, int], classes: int, largest: int = BATCHES[2]
+        self,
+        trt: Any,
+        plan: bytes,
+        cuda: Any,
+        shape: tuple[int, int, int],
+        classes: int,
+        largest: int = BATCHES[2],
+        guarded: bool = False,
     ) -> None:
-        self._cuda, self._classes, self._largest = cuda, classes, largest
+        self._cuda, self._largest = cuda, largest
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError("TensorRT does not take the engine: it fits another GPU or version; run `finish` again")
         self._context = self._engine.create_execution_context()
         self._input = cuda.allocate(4 * self._largest * int(np.prod(shape)))
-        self._output = cuda.allocate(4 * self._largest * classes)
         self._context.set_tensor_address("input", self._input)
-        self._context.set_tensor_address("logits", self._output)
+        # Per image: its shape and type. TensorRT's booleans are bytes.
+        self._form: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {"logits": ((classes,), np.float32)}
+        if guarded:
+            self._form |= {"score": ((), np.float32), "flag": ((), np.bool_)}
+        self._buffers = {}
+        for name, (inner, dtype) in self._form.items():
+            size = self._largest * int(np.prod(inner)) * np.dtype(dtype).itemsize
+            self._buffers[name] = cuda.allocate(size)
+            self._context.set_tensor_address(name, self._buffers[name])
 
     def __call__(self, images: Array) -> Array:
         """Float32 [N, C, H, W] -> logits float32 [N, classes], in pieces of the engine's largest batch."""
+        return self.outputs(images)["logits"]
+
+    def outputs(self, images: Array) -> dict[str, npt.NDArray[Any]]:
+        """Every output by name: logits and, of a graph with a detector, score float32 [N] and flag bool [N]."""
         self._cuda.enter()
         starts = range(0, len(images), self._largest)
-        return np.concatenate([self._piece(images[start : start + self._largest]) for start in starts])
+        pieces = [self._piece(images[start : start + self._largest]) for start in starts]
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in self._form}
 
-    def _piece(self, images: Array) -> Array:
+    def _piece(self, images: Array) -> dict[str, npt.NDArray[Any]]:
         piece = np.ascontiguousarray(images, np.float32)
-        logits = np.empty((len(piece), self._classes), np.float32)
+        found: dict[str, npt.NDArray[Any]] = {
+            name: np.empty((len(piece), *inner), dtype) for name, (inner, dtype) in self._form.items()
+        }
         self._context.set_input_shape("input", piece.shape)
         self._cuda.upload(self._input, piece)
         if not self._context.execute_async_v3(self._cuda.stream):
             raise EngineError(f"TensorRT failed to run a batch of {len(piece)}")
         self._cuda.wait()
-        self._cuda.download(logits, self._output)
-        return logits
+        for name, array in found.items():
+            self._cuda.download(array, self._buffers[name])
+        return found

@@ -98,8 +98,11 @@ def build_apart(
 
 
 def _profile(builder: Any, network: Any, batches: tuple[int, int, int]) -> Any:
-    if network.num_inputs != 1 or network.num_outputs != 1:
-        raise EngineError(f"expected one input and one output, got {network.num_inputs} and {network.num_outputs}")
+    if network.num_inputs != 1 or network.num_outputs not in (1, 3):
+        raise EngineError(
+            "expected one input, and logits alone or with a detector's score and flag, "
+            f"got {network.num_inputs} inputs and {network.num_outputs} outputs"
+        )
     tensor = network.get_input(0)
     inner = tuple(tensor.shape)[1:]
     if any(size < 1 for size in inner):

@@ -43,7 +43,7 @@ def test_a_gradient_attack_breaks_exactly_what_lies_within_reach() -> None:
     gaps = torch.tensor([0.05, 0.15, 0.19, 0.21, 0.4])
     x = torch.zeros(5, 1, 1, 2)
     x[..., 0], x[..., 1] = (0.5 + gaps / 2).view(-1, 1, 1), (0.5 - gaps / 2).view(-1, 1, 1)
-    clean, alive = survivors(Shipped(engine, Scaled(3.0)), [FGSM()], x, torch.zeros(5, dtype=torch.long), x, LINF, 0)
+    clean, alive, _ = survivors(Shipped(engine, Scaled(3.0)), [FGSM()], x, torch.zeros(5, dtype=torch.long), x, LINF, 0)
     assert clean.all()
     assert alive.tolist() == [False, False, False, True, True]
 
@@ -51,6 +51,6 @@ def test_a_gradient_attack_breaks_exactly_what_lies_within_reach() -> None:
 def test_a_replayed_example_counts_only_within_the_threat() -> None:
     x = torch.tensor([[0.56, 0.44], [0.9, 0.1]]).view(2, 1, 1, 2)
     replay = torch.tensor([[0.46, 0.54], [0.0, 1.0]]).view(2, 1, 1, 2)
-    clean, alive = survivors(Shipped(engine, Scaled(3.0)), [], x, torch.zeros(2, dtype=torch.long), replay, LINF, 0)
+    clean, alive, _ = survivors(Shipped(engine, Scaled(3.0)), [], x, torch.zeros(2, dtype=torch.long), replay, LINF, 0)
     assert clean.all()
     assert alive.tolist() == [False, True]

@@ -168,4 +168,6 @@ def test_words() -> None:
     assert words.threat({"threat": {"norm": "linf", "eps": 8 / 255}}) == "a change of up to 8/255 in every pixel"
     assert words.threat({}) == "an attack"
     assert words.metric_title("accuracy.robust.pgd.test") == "robust accuracy (pgd), test"
+    assert words.metric_title("detector.false_alarms.test") == "detector: false alarms, test"
+    assert words.metric_title("detector.detected.plain.shipped.test") == "detector: detected (plain, shipped), test"
     assert words.duration(400) == "6 min 40 s"

@@ -86,7 +86,7 @@ def test_gradients_through_the_twin_find_the_closed_form_worst_point(norm: Norm,
     """A lead of 0.9 of what the threat can take is broken, one of 1.1 of it cannot be."""
     net, x, y, threat = with_leads(norm, share)
     attack = PGD(steps=40, loss="margin")
-    clean, alive = survivors(shipped(net), (attack,), x, y, x, threat, seed=0)
+    clean, alive, _ = survivors(shipped(net), (attack,), x, y, x, threat, seed=0)
     assert clean.tolist() == [True] * len(x)
     assert alive.tolist() == [survives] * len(x)
 
@@ -94,7 +94,7 @@ def test_gradients_through_the_twin_find_the_closed_form_worst_point(norm: Norm,
 def test_a_black_box_attack_sees_the_engine_alone() -> None:
     net, x, y, threat = with_leads("linf", 0.3)
     square = Square(queries=200)
-    _, alive = survivors(shipped(net, Untouchable()), (square,), x, y, x, threat, seed=0)
+    _, alive, _ = survivors(shipped(net, Untouchable()), (square,), x, y, x, threat, seed=0)
     assert int(alive.sum()) < len(x) / 2
     with pytest.raises(AssertionError, match="the twin was asked"):
         survivors(shipped(net, Untouchable()), (PGD(steps=2),), x, y, x, threat, seed=0)
@@ -104,7 +104,7 @@ def test_a_replayed_example_that_is_misread_breaks_its_image_without_any_attack(
     net, x, y, threat = with_leads("linf", 0.5)
     replay = x.clone()
     replay[::2] = x[::2] - threat.eps * net.w.detach().sign()  # the worst point; the others are replayed unchanged
-    clean, alive = survivors(shipped(net), (), x, y, replay, threat, seed=0)
+    clean, alive, _ = survivors(shipped(net), (), x, y, replay, threat, seed=0)
     assert clean.all()
     assert alive.tolist() == [i % 2 == 1 for i in range(len(x))]
 
@@ -113,7 +113,7 @@ def test_a_replayed_example_outside_of_the_threat_is_brought_back_into_it() -> N
     net, x, y, threat = with_leads("linf", 1.1)  # no point of the threat breaks these
     far = x - 5 * threat.eps * net.w.detach().sign()
     assert (net(far).argmax(1) != y).all()
-    _, alive = survivors(shipped(net), (), x, y, far, threat, seed=0)
+    _, alive, _ = survivors(shipped(net), (), x, y, far, threat, seed=0)
     assert alive.all()
 
 
@@ -121,7 +121,7 @@ def test_an_image_that_is_wrong_without_attack_is_neither_clean_nor_alive() -> N
     net, x, y, threat = with_leads("linf", 1.1)
     y = y.clone()
     y[:5] = 1
-    clean, alive = survivors(shipped(net), (PGD(steps=3),), x, y, x, threat, seed=0)
+    clean, alive, _ = survivors(shipped(net), (PGD(steps=3),), x, y, x, threat, seed=0)
     assert clean.tolist() == alive.tolist() == [False] * 5 + [True] * (len(x) - 5)
 
 
@@ -147,7 +147,7 @@ def test_every_attack_strikes_what_is_left_and_tells_how_far_it_is() -> None:
     told.clear()
     net, x, y, threat = with_leads("linf", 0.5)
     strong = (PGD(steps=10, loss="margin"), *attacks)
-    _, alive = survivors(shipped(net), strong, x, y, x, threat, 0, lambda done, total: told.append((done, total)))
+    _, alive, _ = survivors(shipped(net), strong, x, y, x, threat, 0, lambda done, total: told.append((done, total)))
     assert not alive.any()
     assert told == [(1, 4)]  # nothing is left for the others
 

@@ -127,7 +127,7 @@ def test_nan_from_the_engine_is_a_failure_not_a_number(tmp_path: Path) -> None:
     bundle = open_manifest(make_bundle(tmp_path))
     from targets.runtime.predictor import Predictor
 
-    broken = Predictor(bundle, lambda x: np.full((len(x), 4), np.nan, np.float32), "none")
+    broken = Predictor(bundle, lambda x: {"logits": np.full((len(x), 4), np.nan, np.float32)}, "none")
     rows, failures = finish._parity(broken, 0.1)
     assert (rows, failures) == ([], ["the probe outputs hold NaN or infinity"])
 
