@@ -24,6 +24,7 @@ from stages.bounds.base import FOLDER as BOUNDS
 from stages.bounds.base import Certifier
 from stages.data.base import Split
 from stages.doubts import findings
+from stages.early import Demand
 from stages.exhibits import Images, images
 from stages.finding import Finding
 from stages.members import named
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(threads)
     for out in (args.json, args.evidence):
         _writable(out, args.model)
+    _asks_early(args)
     threat, form, certifiers = _threat(args.threat), _form(args), _certifiers(args.certify)
     asked = _attacks(args.attack)
     root = (args.data_root or Path(os.environ.get("TEMPER_DATA") or "data")).resolve()
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     _within(threat, shown.x)
     subject = opened(args.model, shown.x, form, threads)
     chosen = asked if subject.twin is not None else _blind(asked)
-    plan = Plan(threat, named(chosen, threat), certifiers, args.shortcuts, args.seed)
+    plan = Plan(threat, named(chosen, threat), certifiers, args.shortcuts, args.seed, _demand(args, len(shown.x)))
     strength = evidence.strength(chosen)
     notes = (*subject.notes, *shown.notes, *_notes(subject, threat, shown, asked, chosen))
     told = ledger.Told(args.model, shown.text, threat, strength, subject, notes)
@@ -70,10 +72,27 @@ def run(args: argparse.Namespace) -> int:
     return 0 if args.at_least is None or _reached(verdicts, found, strength, args.at_least) else 1
 
 
+def _demand(args: argparse.Namespace, total: int) -> Demand | None:
+    return None if args.early is None else Demand.share(args.at_least, total, args.early)
+
+
+def _asks_early(args: argparse.Namespace) -> None:
+    if args.early is None:
+        return
+    if args.at_least is None:
+        raise BadInput("audit: --early: expected --at-least F too, whose verdict it is that comes early")
+    if not args.shortcuts:
+        raise BadInput("audit: expected --early or --no-shortcuts, got both; early verdicts are shortcuts")
+    if not 0.5 < args.early < 1:
+        raise BadInput(f"audit: --early: expected a confidence above 0.5 and below 1, got {args.early:g}")
+
+
 def _reached(verdicts: Verdicts, found: tuple[Finding, ...], strength: str, at_least: float) -> bool:
-    robust, failed = float(verdicts.robust.double().mean()), [finding.name for finding in found if not finding.ok]
-    if robust < at_least:
-        print(f"temper: robust accuracy is {robust:.4f} ({strength}), at least {at_least:g} was asked", file=sys.stderr)
+    told, failed = verdicts.struck.early, [finding.name for finding in found if not finding.ok]
+    robust = float(verdicts.robust.double().mean()) if told is None else told.high / len(told.open)
+    if robust < at_least if told is None else not told.met:
+        what = f"{'' if told is None else 'at most '}{robust:.4f} ({strength})"
+        print(f"temper: robust accuracy is {what}, at least {at_least:g} was asked", file=sys.stderr)
         return False
     if failed:
         print(f"temper: robust accuracy is not to be believed: {', '.join(failed)} failed", file=sys.stderr)

@@ -27,6 +27,11 @@ class Demand:
         found = (count for count in range(total + 1) if wilson(count, total)[0] >= bound)
         return Demand(next(found, total + 1), confidence)
 
+    @staticmethod
+    def share(bound: float, total: int, confidence: float) -> "Demand":
+        """The least number of standing images that is the share `bound` of all, its interval left aside."""
+        return Demand(next(count for count in range(total + 1) if count / total >= bound), confidence)
+
 
 @dataclass(frozen=True, slots=True)
 class Early:
@@ -41,6 +46,12 @@ class Early:
     high: int
     value: float
     open: Tensor
+
+    def interval(self) -> tuple[float, float, float]:
+        """Shares of all N images: the value, and a 95 % interval that allows for the open ones at both ends."""
+        total = len(self.open)
+        value = self.value / total
+        return value, min(wilson(self.low, total)[0], value), max(wilson(self.high, total)[1], value)
 
 
 Strike = Callable[[Tensor, int], Tensor]

@@ -53,6 +53,12 @@ def closing(told: Told, verdicts: Verdicts, findings: Sequence[Finding], seconds
     """Accuracies, the table of attacks, the findings."""
     box = ", black box only" if told.subject.twin is None else ""
     lines = ["", *(_accuracy(name, hits) for name, hits in _shares(verdicts).items())]
+    if (early := verdicts.struck.early) is not None:
+        value, low, high = early.interval()
+        lines[2] = (
+            f"{'robust':<10}{value:.4f}  95 % {low:.4f} to {high:.4f}, {early.low} to {early.high} of "
+            f"{len(early.open)}, {int(early.open.sum())} of them open: the verdict was certain"
+        )
     lines[2] += f"  ({told.strength}{box})"
     names = {"attack": [line.name for line in verdicts.lines]}
     columns: dict[str, list[str]] = {
@@ -79,6 +85,12 @@ def document(
     """By docs/audit.schema.json; fractions lie in [0, 1]."""
     data: dict[str, Any] = {"schema_version": SCHEMA, "clean": None, "robust": None, "certified": None}
     data |= {name: _numbers(hits) for name, hits in _shares(verdicts).items()}
+    data["early"] = None
+    if (early := verdicts.struck.early) is not None:
+        value, low, high = early.interval()
+        judged = len(early.open) - int(early.open.sum())
+        data["robust"] = {"value": value, "low": low, "high": high, "samples": judged}
+        data["early"] = {"met": early.met, "open": int(early.open.sum()), "low": early.low, "high": early.high}
     data["strength"], data["black_box_only"] = told.strength, told.subject.twin is None
     data["model"] = {"path": str(told.model), "sha256": told.subject.digest, "outputs": told.subject.classes}
     data["data"], data["threat"] = told.data, told.threat.dump()

@@ -74,6 +74,12 @@ def audit_options(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--json", type=Path, metavar="OUT", help="write every number, by docs/audit.md")
     out.add_argument("--evidence", type=Path, metavar="OUT", help="write every image's outcome, by docs/evidence.md")
     out.add_argument("--at-least", type=_fraction, metavar="F", help="exit 1 where robust accuracy is less")
+    out.add_argument(
+        "--early",
+        type=_fraction,
+        metavar="C",
+        help="with --at-least: stop once its verdict is certain at this confidence, such as 0.99",
+    )
 
 
 def _count(text: str) -> int:

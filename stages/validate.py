@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.core.gate import Budget
-from pipeline.core.measurement import Measurement, Strength, wilson
+from pipeline.core.measurement import Measurement, Strength
 from pipeline.core.record import Outcomes
 from pipeline.core.stage import Context, Files, Result
 from stages import detection, evidence, validity
@@ -254,13 +254,14 @@ def _estimate(
     told: Early, alive: Tensor, indices: Tensor, strength: Strength
 ) -> tuple[Measurement, dict[str, Outcomes]]:
     """What an early verdict says of all images; `samples` and the bits are those with a verdict of their own."""
-    judged, total = ~told.open.cpu(), len(indices)
+    judged = ~told.open.cpu()
     count = int(judged.sum())
+    value, low, high = told.interval()
     measurement = Measurement(
         name=ROBUST,
-        value=told.value / total,
-        low=min(wilson(told.low, total)[0], told.value / total),
-        high=max(wilson(told.high, total)[1], told.value / total),
+        value=value,
+        low=low,
+        high=high,
         unit="fraction",
         samples=max(count, 1),
         better="higher",

@@ -12,7 +12,7 @@ that rounds on the way may land a whole code away from its twin, and of such a f
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,12 +20,13 @@ from torch import Tensor
 from stages import evidence
 from stages.attacks.base import Attack
 from stages.bounds.base import Certifier
+from stages.early import Demand, Early, early
 from stages.evaluate import OnStep, outputs
 from stages.finding import Finding
 from stages.method import InputError
 from stages.oracle import Spent
 from stages.scene import Scene, Struck
-from stages.seeding import derive
+from stages.seeding import derive, generator
 from stages.subject import Subject
 from stages.threat import Threat
 from stages.trial import Hit, Proved, joined, prove, strike
@@ -36,13 +37,14 @@ Ready = Callable[[Attack], Attack]
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What is asked of every image. With `shortcuts` images proved robust are not attacked, and classes proved
-    unreachable are not targeted."""
+    unreachable are not targeted. With `demand` attacking ends as soon as it is certain whether it is met."""
 
     threat: Threat
     attacks: Mapping[str, Attack]
     certifiers: Mapping[str, Certifier]
     shortcuts: bool
     seed: int
+    demand: Demand | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Verdicts:
 
     @property
     def robust(self) -> Tensor:
+        """bool [N]: right, and broken by none; with an early verdict open ones are among them."""
         return self.scene.right & self.struck.alive
 
     @property
@@ -94,26 +97,75 @@ def judge(
     proved = _proved(subject, scene, plan.certifiers, on_step)
     unproved = proved.unproved
     safe = torch.zeros_like(right) if unproved is None else right & ~unproved.any(1)
-    groups = (right & ~safe,) if plan.shortcuts else (right & ~safe, safe)
-    # An image is broken once: one tensor of inputs serves all attacks.
-    best, alive = x.clone(), right
-    stored: list[str | None] = [None] * len(x)
-    hits, lines = {}, []
-    for name, attack in plan.attacks.items():
-        start, prepared, twin_only = time.perf_counter(), ready(attack), 0
-        hit = _untried(x)
-        for number, group in enumerate(groups):
-            seed, targets = derive(plan.seed, name, number), unproved if plan.shortcuts else None
-            found, missed = _strike(subject, scene, prepared, group & alive, seed, targets, on_step(name))
-            hit, twin_only = joined(hit, found), twin_only + missed
-        broken = (~hit.survived).nonzero().flatten()
-        best[broken] = hit.x_adv[broken]
+    ring = _Ring(subject, scene, plan, unproved if plan.shortcuts else None, ready, on_step)
+    told = None
+    if plan.demand is None:
+        for name in plan.attacks:
+            ring.strike(name, right & ~safe, 0)
+            if not plan.shortcuts:
+                ring.strike(name, safe, 1)
+    else:
+        first, *others = plan.attacks
+
+        def rest(rows: Tensor, number: int) -> Tensor:
+            for name in others:
+                rows = rows & ring.strike(name, rows, number)
+            return rows
+
+        told = early(
+            right & ~safe,
+            int(safe.sum()),
+            plan.demand,
+            lambda rows, number: ring.strike(first, rows, number),
+            rest,
+            generator(plan.seed, "early"),
+            on_step("until the verdict is certain"),
+        )
+    return Verdicts(scene, proved, ring.struck(told), ring.lines())
+
+
+class _Ring:
+    """Attacks by name strike images, and what comes of it is kept; an image is broken once."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        scene: Scene,
+        plan: Plan,
+        targets: Tensor | None,
+        ready: Ready,
+        on_step: Callable[[str], OnStep],
+    ) -> None:
+        self.subject, self.scene, self.plan, self.targets, self.on_step = subject, scene, plan, targets, on_step
+        self.alive = scene.right.clone()
+        self.ready = {name: ready(attack) for name, attack in plan.attacks.items()}
+        # One tensor of inputs serves all attacks.
+        self.best, self.stored = scene.x.clone(), list[str | None]([None] * len(scene.x))
+        self.hits = {name: _untried(scene.x) for name in plan.attacks}
+        self.twin_only, self.seconds = dict.fromkeys(plan.attacks, 0), dict.fromkeys(plan.attacks, 0.0)
+
+    def strike(self, name: str, rows: Tensor, number: int) -> Tensor:
+        """bool [N]: what the attack leaves, `rows` that were broken before not tried; `number` is part of its seed."""
+        start, seed = time.perf_counter(), derive(self.plan.seed, name, number)
+        given = (self.subject, self.scene, self.ready[name], rows & self.alive, seed, self.targets, self.on_step(name))
+        found, missed = _strike(*given)
+        broken = (~found.survived).nonzero().flatten()
+        self.best[broken] = found.x_adv[broken]
         for row in broken.tolist():
-            stored[row] = name
-        alive = alive & hit.survived
-        hits[name] = Hit(hit.tried, hit.survived & right, best, hit.spent)
-        lines.append(_line(name, hit, twin_only, time.perf_counter() - start))
-    return Verdicts(scene, proved, Struck(dict(plan.attacks), hits, best, stored), tuple(lines))
+            self.stored[row] = name
+        self.alive &= found.survived
+        self.hits[name] = joined(self.hits[name], replace(found, x_adv=self.best))
+        self.twin_only[name] += missed
+        self.seconds[name] += time.perf_counter() - start
+        return found.survived
+
+    def struck(self, told: Early | None) -> Struck:
+        right = self.scene.right
+        hits = {name: replace(hit, survived=hit.survived & right, x_adv=self.best) for name, hit in self.hits.items()}
+        return Struck(dict(self.plan.attacks), hits, self.best, self.stored, told)
+
+    def lines(self) -> tuple[Line, ...]:
+        return tuple(_line(name, hit, self.twin_only[name], self.seconds[name]) for name, hit in self.hits.items())
 
 
 def _proved(

@@ -195,6 +195,26 @@ def test_the_smallest_and_the_largest_eps(eps: str, note: str, audit: Audit, tmp
         assert data["robust"]["value"] == data["certified"]["value"] == 0
 
 
+@pytest.mark.parametrize("at_least", ["0.2", "0.99"])
+def test_an_early_verdict_is_the_full_one_and_leaves_images_open(at_least: str, audit: Audit, tmp_path: Path) -> None:
+    given = (file(tmp_path / "m.onnx"), *DIGITS, "--attack", "apgd,square", "--at-least", at_least)
+    full, _, _ = audit(*given, "--json", tmp_path / "full.json")
+    status, said, error = audit(
+        *given, "--early", "0.99", "--json", tmp_path / "o.json", "--evidence", tmp_path / "e.jsonl"
+    )
+    assert status == full == (0 if at_least == "0.2" else 1)
+    found, whole = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("o", "full"))
+    schema = json.loads((ROOT / "docs" / "audit.schema.json").read_text())
+    assert fits(found, schema, schema) == []
+    early, rows = found["early"], evidence.read(tmp_path / "e.jsonl").examples
+    assert whole["early"] is None
+    assert early["met"] is (status == 0)
+    assert early["open"] == sum(row.open for row in rows) == len(rows) - found["robust"]["samples"] > 0
+    assert early["low"] <= whole["robust"]["value"] * len(rows) <= early["high"]
+    assert f"{early['open']} of them open: the verdict was certain  (quick)" in said
+    assert "at most" in error or status == 0
+
+
 def test_a_file_of_images_without_a_test_part_is_taken_whole(audit: Audit, tmp_path: Path) -> None:
     test = Digits().read(Path()).test
     np.savez(tmp_path / "own.npz", images=test.images[:30].numpy(), labels=test.labels[:30].numpy())
@@ -261,6 +281,9 @@ def test_data_outside_the_range_and_labels_beyond_the_outputs(audit: Audit, tmp_
         (["m.onnx", "--std", "0"], "--std: expected numbers other than 0"),
         (["m.onnx", "--pixels", "255"], "expected LOW:HIGH such as 0:255"),
         (["m.onnx", "--at-least", "50"], "expected a fraction from 0 to 1"),
+        (["m.onnx", "--early", "0.99"], "--early: expected --at-least F too"),
+        (["m.onnx", "--early", "0.5", "--at-least", "0.5"], "--early: expected a confidence above 0.5 and below 1"),
+        (["m.onnx", "--early", "0.9", "--at-least", "0.5", "--no-shortcuts"], "early verdicts are shortcuts"),
         (["m.onnx", "--json", "nowhere/o.json"], "nowhere/o.json: expected a file in a folder that exists"),
         (["m.onnx", "--evidence", "m.onnx"], "m.onnx: this is the model; writing there would destroy it"),
         ([], "the following arguments are required: MODEL.onnx"),
