@@ -8,13 +8,14 @@ from torch import Tensor
 
 from stages.method import InputError
 
-_DOUBLE = 2.0**-53
+DOUBLE, SINGLE = 2.0**-53, 2.0**-24
+UNITS = {"real": 0.0, "float32": SINGLE}  # of the arithmetic that bounds cover
 TINY = 1e-30  # more than what underflow can lose in any sum that fits in memory
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Elementwise bounds, low <= high, float64 of equal shape."""
+    """Elementwise bounds, low <= high, of equal shape, in the precision that the bounds are computed in."""
 
     low: Tensor
     high: Tensor
@@ -24,7 +25,7 @@ class Interval:
         return torch.maximum(self.low.abs(), self.high.abs())
 
     def split(self) -> tuple[Tensor, Tensor]:
-        """Midpoint m and radius r, with [low, high] inside [m - r(1 + u), m + r(1 + u)], u float64's unit roundoff."""
+        """Midpoint m and radius r, with [low, high] inside [m - r(1 + u), m + r(1 + u)], u the unit roundoff."""
         middle = (self.low + self.high) / 2
         return middle, torch.maximum(self.high - middle, middle - self.low)
 
@@ -35,16 +36,17 @@ class Rounding:
 
     A sum of n products computed in any order, with or without fused operations, is off by at most gamma(n) sum |a b|,
     gamma(n) = n u / (1 - n u) (Higham 2002, section 3.1). `share(n)` is gamma(n + 2) for the covered arithmetic plus
-    gamma(4 n + 32) for float64, in which the bounds themselves are computed: that pays for the midpoint (n + 2
-    roundings), for the radius (n + 8) and for forming the two ends. Sums by Strassen, Winograd or Fourier transforms,
-    bfloat16 and TF32 do not obey gamma and are not covered.
+    gamma(4 n + 32) for the one in which the bounds themselves are computed (unit roundoff `own`, float64's unless
+    said otherwise): that pays for the midpoint (n + 2 roundings), for the radius (n + 8) and for forming the two ends.
+    Sums by Strassen, Winograd or Fourier transforms, bfloat16 and TF32 do not obey gamma and are not covered.
     """
 
     unit: float = 0.0
+    own: float = DOUBLE
 
     def share(self, terms: int) -> float:
         """Relative margin for one operation of `terms` products. Raises `InputError` where gamma has no bound."""
-        return _gamma(terms + 2, self.unit) + _gamma(4 * terms + 32, _DOUBLE)
+        return gamma(terms + 2, self.unit) + gamma(4 * terms + 32, self.own)
 
     def widen(self, low: Tensor, high: Tensor, magnitude: Tensor, terms: int = 1) -> Interval:
         """[low, high] moved outward by share(terms) of `magnitude`, which bounds the sum of |a b|."""
@@ -56,7 +58,8 @@ class Rounding:
         return self.widen(low, high, 1 + magnitude, terms=12)
 
 
-def _gamma(n: int, unit: float) -> float:
+def gamma(n: int, unit: float) -> float:
+    """How much of sum |a b| a sum of n products can lose. Raises `InputError` where there is no bound."""
     if n * unit >= 0.5:
         raise InputError(
             f"bounds: a sum of {n} terms cannot be bounded at unit roundoff {unit:g}; the layer is too wide"
@@ -87,3 +90,10 @@ def _map(tree: Any, swap: Any) -> Any:
     if isinstance(tree, list | tuple):
         return type(tree)(_map(branch, swap) for branch in tree)
     return tree
+
+
+def outward(ends: Tensor, kind: torch.dtype, side: float) -> Tensor:
+    """`ends` in another precision, never past them: rounded towards `side`, -inf or inf."""
+    cast = ends.to(kind)
+    wrong = cast.double() > ends.double() if side < 0 else cast.double() < ends.double()
+    return torch.where(wrong, torch.nextafter(cast, torch.full_like(cast, side)), cast)

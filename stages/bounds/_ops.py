@@ -286,8 +286,8 @@ def _softmax(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Ro
     top = x.high.amax(dim, keepdim=True)
     low, high = (x.low - top).exp(), (x.high - top).exp()
     n = low.shape[dim]
-    # The differences below cancel; what they may lose is at most 2 n float64 units of the sum, added and taken off.
-    lost = 4 * n * 2.0**-53 * high.sum(dim, keepdim=True)
+    # The differences below cancel; what they may lose is at most 2 n units of the sum, added and taken off.
+    lost = 4 * n * rounding.own * high.sum(dim, keepdim=True)
     others_high = (high.sum(dim, keepdim=True) - high).clamp(min=0) + lost
     others_low = (low.sum(dim, keepdim=True) - low - lost).clamp(min=0)
     ends = low / (low + others_high), (high / (high + others_low)).clamp(max=1)

@@ -5,6 +5,7 @@ better whole (SiLU, GELU, hard swish, ...) and adaptive pooling are left whole. 
 weights: those are read from the network at every use, so a trace survives training and gradients reach the weights.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -65,7 +66,11 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Operations in order of execution. `moving` names the values that depend on the images."""
+    """Operations in order of execution. `moving` names the values that depend on the images.
+
+    `strides` says whom an entry of a moving value belongs to: entry i of the value, counted row by row, is one of
+    example (i // stride) mod B. A value is missing there if its place of the batch cannot be followed.
+    """
 
     ops: tuple[Op, ...]
     input: str
@@ -73,6 +78,7 @@ class Trace:
     stored: Mapping[str, str]
     literals: Mapping[str, Tensor]
     moving: frozenset[str]
+    strides: Mapping[str, int]
 
     def constants(self, net: nn.Module) -> dict[str, Any]:
         """Every value that does not depend on the images, computed in the precision that the network computes it in."""
@@ -161,7 +167,10 @@ def _read(program: ExportedProgram) -> Trace:
         else:
             stored[name] = target
     ops, moving, output = [], {source}, ""
+    places: dict[str, _Place] = {}
     for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name == source:
+            places[source] = _Place(1, _tail(node, 0))
         if node.op == "output":
             results = node.args[0]
             if len(results) != 1 or not isinstance(results[0], Node):
@@ -171,8 +180,49 @@ def _read(program: ExportedProgram) -> Trace:
             op = _op(node)
             if not moving.isdisjoint(op.reads()):
                 moving.add(op.result)
+                place = _place(node, op, places)
+                if place is not None:
+                    places[op.result] = place
+                    if op.kind == "getitem" and op.args[1] == 0:
+                        places[op.reads()[0]] = place
             ops.append(op)
-    return Trace(tuple(ops), source, output, stored, literals, frozenset(moving))
+    strides = {name: place.stride for name, place in places.items()}
+    return Trace(tuple(ops), source, output, stored, literals, frozenset(moving), strides)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the batch lies in a value: inside its dimension of symbolic length, `inner` entries of it apart."""
+
+    inner: int
+    stride: int
+
+
+def _place(node: Node, op: Op, places: Mapping[str, _Place]) -> _Place | None:
+    """The batch's place after an operation: a view keeps the order of the entries, the rest keeps whole dimensions."""
+    before = [places[name] for name in op.reads() if name in places]
+    at = _symbolic(node)
+    if not before or op.counts:
+        return None
+    if at is None:
+        # A tuple of values: `getitem` asks for the batch's place in what it picks from.
+        return before[0] if isinstance(node.meta.get("val"), tuple | list) or node.meta.get("val") is None else None
+    tail = _tail(node, at)
+    if op.kind in {"view", "_unsafe_view", "reshape"}:
+        inner, rest = divmod(before[0].stride, tail)
+        return None if rest else _Place(inner, before[0].stride)
+    inner = before[0].inner
+    return _Place(inner, inner * tail) if all(place.inner == inner for place in before) else None
+
+
+def _symbolic(node: Node) -> int | None:
+    """The one dimension of a value whose length depends on the batch."""
+    found = [i for i, size in enumerate(getattr(node.meta.get("val"), "shape", ())) if not isinstance(size, int)]
+    return found[0] if len(found) == 1 else None
+
+
+def _tail(node: Node, at: int) -> int:
+    return math.prod(int(size) for size in node.meta["val"].shape[at + 1 :])
 
 
 def _op(node: Node) -> Op:

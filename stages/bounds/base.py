@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, final
+from typing import Annotated, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,30 @@ FOLDER = "stages.bounds"
 
 
 @dataclass(frozen=True, slots=True)
+class Ball:
+    """All x with ||x - centre|| <= eps; centre is [B, ...]."""
+
+    centre: Tensor
+    norm: Literal["l2", "l1"]
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class Box:
-    """Per-pixel bounds [B, C, H, W], low <= high, finite."""
+    """Per-pixel bounds [B, C, H, W], low <= high, finite; where a ball is given, only its points in the box count.
+
+    A certifier may leave the ball aside (its bounds hold for the whole box then); linear bounds use it.
+    """
 
     low: Tensor
     high: Tensor
+    ball: Ball | None = None
 
     @staticmethod
     def around(x: Tensor, threat: Threat) -> "Box":
-        """The smallest box that holds the threat around x, cut with the data range (for l2 and l1 balls larger)."""
-        return Box((x - threat.eps).clamp(min=threat.low), (x + threat.eps).clamp(max=threat.high))
+        """The smallest box that holds the threat around x, cut with the data range; and the ball, if it is smaller."""
+        ball = None if threat.norm == "linf" else Ball(x, threat.norm, threat.eps)
+        return Box((x - threat.eps).clamp(min=threat.low), (x + threat.eps).clamp(max=threat.high), ball)
 
 
 class Certifier(Method):

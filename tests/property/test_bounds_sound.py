@@ -1,39 +1,43 @@
 """No point of a box escapes its bound: corners, random points and attacks, on random networks of every shape."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from stages.bounds import _ops
-from stages.bounds.base import Box, Certifier
+from stages.bounds import _ops, _relax
+from stages.bounds._backward import Chain
+from stages.bounds._interval import Interval
+from stages.bounds._trace import Op
+from stages.bounds.base import FOLDER, Box, Certifier
+from stages.bounds.crown import Crown
 from stages.bounds.ibp import IBP
+from stages.method import names, type_of
 from stages.seeding import generator
 
 K = 4
+KINDS = names(FOLDER)
 
 
-def escapes(net: nn.Module, box: Box, certifier: Certifier, rng: Generator, points: int = 64) -> float:
-    """By how much the worst point found lies under its bound; at most 0 where the bound holds."""
-    rows = torch.randn(len(box.low), 3, K, generator=rng)
+def escapes(net: nn.Module, box: Box, certifiers: Sequence[Certifier], rng: Generator, points: int = 64) -> list[float]:
+    """By how much the worst point found lies under each bound; at most 0 where the bound holds."""
+    rows = torch.randn(len(box.low), 3, K, generator=rng).to(box.low)
     with torch.no_grad():
-        bound = certifier.lower(net, box, rows)
-    worst = -float("inf")
-    for x in candidates(net, box, rows, rng, points):
-        with torch.no_grad():
-            exact = torch.einsum("brk,bk->br", rows.double(), net(x).double())
-        worst = max(worst, float((bound.double() - exact).max()))
-    return worst
+        least = torch.full(rows.shape[:2], torch.inf, dtype=torch.float64)
+        for x in candidates(net, box, rows, rng, points):
+            least = torch.minimum(least, torch.einsum("brk,bk->br", rows.double(), net(x).double()))
+        return [float((certifier.lower(net, box, rows).double() - least).max()) for certifier in certifiers]
 
 
 def candidates(net: nn.Module, box: Box, rows: Tensor, rng: Generator, points: int) -> list[Tensor]:
     """Corners, uniform points, the corners that the gradient of each row points at, and the ends themselves."""
     found = [box.low, box.high]
     for i in range(points):
-        share = torch.rand(box.low.shape, generator=rng)
+        share = torch.rand(box.low.shape, generator=rng).to(box.low)
         share = share.round() if i % 2 else share
         found.append(
             torch.where(share == 1, box.high, (box.low + share * (box.high - box.low)).clamp(box.low, box.high))
@@ -42,7 +46,8 @@ def candidates(net: nn.Module, box: Box, rows: Tensor, rng: Generator, points: i
         x = ((box.low + box.high) / 2).clamp(box.low, box.high)
         for _ in range(5):
             x = x.detach().requires_grad_()
-            (grad,) = torch.autograd.grad(torch.einsum("bk,bk->", rows[:, r], net(x)), x)
+            with torch.enable_grad():
+                (grad,) = torch.autograd.grad(torch.einsum("bk,bk->", rows[:, r], net(x)), x)
             x = torch.where(grad > 0, box.low, box.high)
             found.append(x.detach())
     return found
@@ -125,30 +130,13 @@ def box(side: int, seed: int, eps: float) -> Box:
 @pytest.mark.parametrize(("seed", "arithmetic"), [(i, "real" if i % 3 == 2 else "float32") for i in range(14)])
 def test_nothing_escapes_a_random_network(seed: int, arithmetic: str) -> None:
     net, side = network(seed)
-    certifier = IBP.load({"arithmetic": arithmetic})
+    certifiers = [type_of(FOLDER, Certifier, kind).load({"arithmetic": arithmetic}) for kind in KINDS]  # type: ignore[type-abstract]
     for eps in (0.0, 0.01, 0.2):
+        inside = box(side, seed, eps)
         # Bounds for real arithmetic are held against float64, the others against float32 as it runs.
         if arithmetic == "real":
-            worst = escapes64(net, box(side, seed, eps), certifier, generator(seed, "points"))
-        else:
-            worst = escapes(net, box(side, seed, eps), certifier, generator(seed, "points"))
-        assert worst <= 0
-
-
-def escapes64(net: nn.Module, inside: Box, certifier: Certifier, rng: Generator) -> float:
-    wide = Box(inside.low.double(), inside.high.double())
-    rows = torch.randn(len(wide.low), 3, K, generator=rng, dtype=torch.float64)
-    double = net.double()
-    try:
-        with torch.no_grad():
-            bound = certifier.lower(double, wide, rows)
-        worst = -float("inf")
-        for x in candidates(double, wide, rows, rng, 32):
-            with torch.no_grad():
-                worst = max(worst, float((bound - torch.einsum("brk,bk->br", rows, double(x))).max()))
-    finally:
-        net.float()
-    return worst
+            net, inside = net.double(), Box(inside.low.double(), inside.high.double())
+        assert max(escapes(net, inside, certifiers, generator(seed, "points"), 32)) <= 0
 
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -192,7 +180,57 @@ def test_a_planted_unsound_rule_is_caught(plant: Plant, monkeypatch: pytest.Monk
     for seed in range(3):
         net = _silu_net(seed) if plant is _monotone_silu else _plain_net(seed)
         eps = 0.0 if plant is _no_loss else 0.3
-        worst = max(worst, escapes(net, box(6, seed, eps), IBP(), generator(seed, "points")))
+        worst = max(worst, *escapes(net, box(6, seed, eps), [IBP()], generator(seed, "points")))
+    assert worst > 0
+
+
+def _steep_relu(patch: pytest.MonkeyPatch) -> None:
+    honest = _relax.relu
+
+    def rule(op: Op, x: Interval, kind: torch.dtype) -> _relax.Lines:
+        fair = honest(op, x, kind)
+        return replace(fair, high=0.7 * fair.high)
+
+    patch.setattr(_relax, "relu", rule)
+
+
+def _no_excess(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_relax, "_PIECES", 1)
+    patch.setitem(_relax._CURVES, "silu", _relax.Curve(0.0))
+
+
+def _lost_offset(patch: pytest.MonkeyPatch) -> None:
+    def start(chain: Chain, name: str, slopes: Tensor) -> Tensor:
+        del name
+        return torch.zeros(len(slopes), chain.batch, dtype=torch.float64)
+
+    patch.setattr(Chain, "start", start)
+
+
+def _no_slack(patch: pytest.MonkeyPatch) -> None:
+    def none(chain: Chain, op: Op, *rest: object) -> Any:
+        del rest
+        offset = chain.offset[op.result]
+        return tuple(0 * part for part in offset) if isinstance(offset, tuple) else 0 * offset
+
+    def gamma(terms: int, unit: float) -> float:
+        del terms, unit
+        return 0.0
+
+    patch.setattr(Chain, "_new_slack", none)
+    patch.setattr("stages.bounds._backward.gamma", gamma)
+
+
+@pytest.mark.parametrize("plant", [_steep_relu, _no_excess, _lost_offset, _no_slack])
+def test_a_planted_unsound_line_is_caught(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    worst = -float("inf")
+    for seed in range(3):
+        net = _silu_net(seed) if plant is _no_excess else _plain_net(seed)
+        eps = 0.0 if plant is _no_slack else 0.3
+        if plant is _steep_relu:
+            net = _open_net(seed, box(6, seed, eps))
+        worst = max(worst, *escapes(net, box(6, seed, eps), [Crown()], generator(seed, "points")))
     assert worst > 0
 
 
@@ -203,6 +241,17 @@ def _plain_net(seed: int) -> nn.Module:
     with torch.no_grad():
         for value in net.parameters():
             value.copy_(torch.randn(value.shape, generator=rng))
+    return net
+
+
+def _open_net(seed: int, inside: Box) -> nn.Module:
+    """One hidden unit, zero at the centre of the first box."""
+    rng = generator(seed, "open")
+    net = nn.Sequential(nn.Conv2d(3, 1, 6), nn.ReLU(), nn.Flatten(), nn.Linear(1, K)).eval()
+    with torch.no_grad():
+        for value in net.parameters():
+            value.copy_(torch.randn(value.shape, generator=rng))
+        net.get_parameter("0.bias").sub_(net[0]((inside.low + inside.high) / 2)[0].flatten())
     return net
 
 

@@ -1,0 +1,325 @@
+"""Backward propagation of linear bounds: a^T v >= A x + c for a value v of the network, over all x in the box.
+
+Rounding. All is computed with unit roundoff `own` (float32's where the network is float32), and the bounds cover that
+and the network's own rounding alike, at no cost per row. Say that an operation computes y = L x + b with an error of at
+most g S, S = |L| |x| + |b|, and that its transpose turns coefficients a into L^T a with an error of at most
+g' |L|^T |a|. Then a^T y differs from what is bounded by at most (g + g') |a|^T S, and S does not depend on a. So each
+value carries a slack e, e_y = |L| e_x + (g + g') S, from one non-linear operation to the next, where it moves the lines
+outward: |a^T| e at the operand is at most |slope| |a|^T e at the result. The offsets b travel forward in the same way,
+so the backward pass only transposes and sums intercepts. Sums over a value are formed in blocks and added in float64.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.bounds import _linear, _ops, _relax
+from stages.bounds._ball import Ends
+from stages.bounds._interval import DOUBLE, SINGLE, TINY, Interval, Rounding, gamma, low_ends, outward
+from stages.bounds._trace import Op, Trace, fill, trace
+from stages.bounds.base import Box
+from stages.method import InputError
+
+_BLOCK = 128
+_EXACT = frozenset({"relu", "hardtanh", "clamp", "clamp_min", "clamp_max", "abs", "maximum", "minimum", "amax", "amin"})
+_DIAGONAL = frozenset(
+    {"_native_batch_norm_legit_no_training", "getitem", "mul", "div", "add", "sub", "neg", "view", "_unsafe_view"}
+    | {"reshape", "permute", "squeeze", "unsqueeze", "clone", "alias", "detach", "_to_copy", "slice", "select", "flip"}
+)
+Pull = Callable[[Tensor, Tensor | None], tuple[_linear.Pulled, Tensor]]
+
+
+class Chain:
+    """A network over a batch of boxes, followed from the image on: boxes, offsets, slacks and lines of every value.
+
+    `follow` extends it by one operation; `bound` bounds rows on any value followed so far; `tighten` replaces the box
+    of a value by its intersection with a better one, which later operations then use.
+    """
+
+    def __init__(self, net: nn.Module, box: Box, unit: float, double: bool) -> None:
+        self.graph: Trace = trace(net, box.low)
+        self.kind = torch.float64 if double or box.low.dtype == torch.float64 else torch.float32
+        self.own = DOUBLE if self.kind == torch.float64 else SINGLE
+        self.rounding = Rounding(unit, self.own)
+        self.batch = len(box.low)
+        self.ends = Ends(box, self.kind)
+        self.values: dict[str, Any] = {name: self._cast(value) for name, value in self.graph.constants(net).items()}
+        self.values[self.graph.input] = self.ends.inside
+        self.offset: dict[str, Any] = {}
+        self.slack: dict[str, Any] = {}
+        self.fronts: dict[str, Pull] = {}
+        self.lines: dict[str, _relax.Lines] = {}
+        self.done: list[Op] = []
+        # 2: the entries range over their boxes independently; 1: every end of the box is reached.
+        self.sharp: dict[str, int] = {} if box.ball else {self.graph.input: 2}
+        self.tight: set[str] = set()
+        self._counts: set[str] = set()
+        self.reads: dict[str, int] = {}
+        for op in self.graph.ops:
+            for name in op.reads():
+                self.reads[name] = self.reads.get(name, 0) + 1
+        self._dots = gamma(_BLOCK + 8, self.own) + gamma(8192, DOUBLE)
+
+    def follow(self, op: Op) -> None:
+        """The box, and either offset and slack (linear operations) or lines (the rest), of one more operation."""
+        args, kwargs = fill(op.args, self.values), fill(dict(op.kwargs), self.values)
+        if op.counts:
+            self.values[op.result] = op.target(*low_ends(args), **kwargs)
+            self._counts.add(op.result)
+            return
+        self.values[op.result] = _ops.step(op, args, kwargs, self.rounding)
+        self.done.append(op)
+        if self.is_linear(op):
+            self._carry(op, args, kwargs)
+            moving = [
+                name for name in dict.fromkeys(op.reads()) if name in self.graph.moving and name not in self._counts
+            ]
+            if len(moving) == 1 and moving[0] in self.sharp:
+                keeps = op.kind in _DIAGONAL
+                if keeps or self.sharp[moving[0]] == 2:
+                    self.sharp[op.result] = self.sharp[moving[0]] if keeps else 1
+        else:
+            self._draw(op)
+
+    def is_linear(self, op: Op) -> bool:
+        return _ops.keeps_affine(op, fill(op.args, self.values))
+
+    def operands(self, op: Op) -> list[str]:
+        """The bounded values that an operation reads, each once."""
+        return list(dict.fromkeys(name for name in op.reads() if isinstance(self.values[name], Interval)))
+
+    def tighten(self, name: str, low: Tensor, high: Tensor) -> None:
+        """Intersects the box of a value; where rounding crosses the ends, the old ones stay."""
+        old = self.values[name]
+        low, high = torch.maximum(low, old.low), torch.minimum(high, old.high)
+        sane = low <= high
+        self.values[name] = Interval(torch.where(sane, low, old.low), torch.where(sane, high, old.high))
+
+    def bound(
+        self,
+        name: str,
+        slopes: Tensor,
+        lower: Mapping[str, Tensor] | None = None,
+        push: Mapping[str, Tensor] | None = None,
+        boxes: bool = False,
+    ) -> Tensor:
+        """[R, B] float64: lower bounds of slopes [R, *shape of the value] times the value, summed per example.
+
+        `lower` gives slopes in [0, 1] for the lower lines of ReLUs, by result, [1 or R, ...]; `push` gives what to add
+        to the coefficients of a value on the way (multipliers of constraints on it). With `boxes` the last non-linear
+        operations on the way are bounded by their boxes, which makes it interval arithmetic with a merged tail.
+        """
+        total = self.start(name, slopes)
+        waiting: dict[str, Any] = {name: slopes}
+        for op in reversed(self.done):
+            if boxes and op.result in self.fronts:
+                continue
+            here = waiting.pop(op.result, None)
+            if here is None:
+                continue
+            if op.result in self.fronts:
+                pulled, bias = self.fronts[op.result](here, None if lower is None else lower.get(op.result))
+                total = total + bias
+                for operand in pulled if push else ():
+                    if push is not None and op.result in push:
+                        pulled[operand] = pulled[operand] + push[op.result]
+                        total = total + self.start(operand, push[op.result].expand_as(pulled[operand]))
+            elif op.kind == "getitem":
+                source = waiting.setdefault(op.reads()[0], {})
+                source[op.args[1]] = source[op.args[1]] + here if op.args[1] in source else here
+                continue
+            else:
+                pulled = _linear.pull(op, self.values, here)
+            for operand, part in pulled.items():
+                waiting[operand] = waiting[operand] + part if operand in waiting else part
+        if self.graph.input in waiting:
+            here = waiting.pop(self.graph.input)
+            total = total + self.ends.least(here, 4 * self.own * self.reads[self.graph.input])
+        for operand, here in waiting.items():
+            total = total + self._inside(operand, here[0] if isinstance(here, dict) else here)
+        return total
+
+    def _inside(self, name: str, slopes: Tensor) -> Tensor:
+        box = self.values[name][0] if isinstance(self.values[name], tuple) else self.values[name]
+        middle, radius = _relax.middle(box, self.kind)
+        size = (middle.abs() + radius).to(self.kind)
+        wide = outward(radius, self.kind, torch.inf) + (4 * self._dots + 4 * self.own * self.readers(name)) * size
+        return self.dot(name, slopes, middle.to(self.kind)) - self.dot(name, slopes.abs(), wide)
+
+    def flat(self, name: str, value: Tensor) -> Tensor:
+        """[..., B, n] from [..., *shape]: the entries of every example, in order."""
+        shape = self.shape(name)
+        lead = value.shape[: value.dim() - len(shape)]
+        inner = self._stride(name)
+        outer = math.prod(shape) // (self.batch * inner)
+        value = value.reshape(*lead, outer, self.batch, inner)
+        return value.transpose(-3, -2).reshape(*lead, self.batch, outer * inner)
+
+    def unflat(self, name: str, value: Tensor) -> Tensor:
+        """The inverse of `flat`."""
+        shape, lead, inner = self.shape(name), value.shape[:-2], self._stride(name)
+        value = value.reshape(*lead, self.batch, value.shape[-1] // inner, inner).transpose(-3, -2)
+        return value.reshape(*lead, *shape)
+
+    def shape(self, name: str) -> torch.Size:
+        value = self.values[name]
+        first: Interval = value[0] if isinstance(value, tuple) else value
+        return first.low.shape
+
+    def _stride(self, name: str) -> int:
+        if name not in self.graph.strides:
+            raise InputError(
+                f'bounds: cannot tell which entries of "{name}" belong to which image; is the batch mixed?'
+            )
+        return self.graph.strides[name]
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self.kind) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def start(self, name: str, slopes: Tensor) -> Tensor:
+        total = torch.zeros(len(slopes), self.batch, dtype=torch.float64, device=slopes.device)
+        if name in self.offset:
+            total = total + self.dot(name, slopes, self.offset[name])
+        if name in self.slack:
+            total = total - 1.001 * self.dot(name, slopes.abs(), self.slack[name])
+        return total
+
+    def dot(self, name: str, slopes: Tensor, weights: Tensor) -> Tensor:
+        """[R, B] float64: slopes [R, *shape] times weights (broadcast to [*shape] or [R, *shape]), per example."""
+        shape = self.shape(name)
+        if weights.dim() > len(shape) and len(weights) > 1:
+            return self.flat(name, slopes * weights).sum(-1, dtype=torch.float64)
+        rows, ones = self.flat(name, slopes), self.flat(name, weights.expand(1, *shape))[0]
+        whole = rows.shape[-1] // _BLOCK * _BLOCK
+        ends = torch.einsum("rbn,bn->rb", rows[..., whole:], ones[..., whole:]).double()
+        if not whole:
+            return ends
+        left = rows[..., :whole].reshape(len(slopes), -1, _BLOCK)
+        right = ones[..., :whole].reshape(-1, _BLOCK)
+        parts = (left.transpose(0, 1) @ right.unsqueeze(-1)).squeeze(-1)
+        total: Tensor = ends + parts.view(self.batch, -1, len(slopes)).sum(1, dtype=torch.float64).T
+        return total
+
+    def _carry(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Offset and slack of a linear operation's result."""
+        if op.kind == "getitem":
+            source, place = op.reads()[0], op.args[1]
+            for store in (self.offset, self.slack):
+                if source in store:
+                    store[op.result] = store[source][place]
+            if op.result not in self.slack:
+                self.slack[op.result] = torch.zeros_like(self.values[op.result].low)
+            self.slack[op.result] = self._fans(op, self.slack[op.result])
+            return
+        before = {name: self._offset(name) for name in self.operands(op)}
+        zero = {**self.values, **before}
+        offset = op.target(*fill(op.args, zero), **kwargs)
+        self.offset[op.result] = offset
+        self.slack[op.result] = self._new_slack(op, args, kwargs, before)
+
+    def _offset(self, name: str) -> Tensor:
+        offset: Tensor | None = self.offset.get(name)
+        return torch.zeros_like(self.values[name].low) if offset is None else offset
+
+    def _new_slack(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], before: dict[str, Tensor]) -> Any:
+        result = self.values[op.result]
+        sums = gamma(_linear.products(op, self.values, self.shape(op.result), self.batch) + 4, self.own)
+        old = {name: self.slack.get(name, torch.zeros_like(self.values[name].low)) for name in before}
+        size = {name: self.values[name].size() + before[name].abs() for name in before}
+        if _ops.is_affine(op, args):
+            piece = _ops.parts(op, args, kwargs)
+            share = self.rounding.share(piece.terms) + sums
+            [name] = before
+            spread = piece.magnitude(old[name] + share * size[name]) + share * piece.offset
+            slack = (1 + 4 * share) * spread + TINY
+            return (slack, *result[1:]) if isinstance(result, tuple) else self._fans(op, slack)
+        if op.kind in {"add", "sub"}:
+            share = self.rounding.share(2) + sums
+            parts = [(old[n], size[n]) for n in (getattr(arg, "name", None) for arg in op.args[:2]) if n in before]
+            fixed = [torch.as_tensor(a).abs() for a in args[:2] if not isinstance(a, Interval)]
+            total = sum(e + share * s for e, s in parts) + share * sum(fixed)
+            return self._fans(op, (1 + 4 * share) * total + TINY)
+        # The rest only moves entries about; where the transpose sums copies of one, that sum rounds.
+        moved = {name: (1 + 4 * sums) * (old[name] + sums * size[name]) for name in before}
+        if op.kind == "constant_pad_nd":
+            return self._fans(op, op.target(moved[op.reads()[0]], args[1]))
+        return self._fans(op, op.target(*fill(op.args, {**self.values, **moved}), **kwargs))
+
+    def _fans(self, op: Op, slack: Any) -> Any:
+        """What adding up the coefficients of several readers may lose."""
+        extra = 4 * self.own * (self.readers(op.result) - 1)
+        if extra <= 0 or not isinstance(slack, Tensor):
+            return slack
+        return slack + extra * (self.values[op.result].size() + self._offset(op.result).abs())
+
+    def _draw(self, op: Op) -> None:
+        special = SPECIAL.get(op.kind)
+        if special is not None:
+            self.fronts[op.result] = special(self, op)
+            return
+        result = self.values[op.result]
+        if isinstance(result, tuple):
+            raise _ops.unsupported(op, "with several results, in linear bounds")
+        lines = _relax.elementwise(op, self.values, self.kind)
+        if lines is None or not bool((torch.isfinite(lines.low) & torch.isfinite(lines.high)).all()):
+            lines = _relax.constant(result)
+        elif op.kind not in _EXACT:
+            loss = self.rounding.share(12) * (1 + result.size().double())
+            lines = _relax.Lines(lines.slopes, lines.low - loss, lines.high + loss)
+        self.lines[op.result] = lines
+        self.fronts[op.result] = self.elementwise(op, lines)
+
+    def elementwise(self, op: Op, lines: _relax.Lines) -> Pull:
+        """Coefficients through lines: a positive one takes the line below, a negative one the line above."""
+        result = self.values[op.result]
+        fans = 4 * self.own * self.readers(op.result) * result.size().double()
+        low, high = lines.low - fans, lines.high + fans
+        folded: dict[str, tuple[Tensor, Tensor]] = {}
+        size = torch.zeros_like(low)
+        for name, (down, up) in lines.slopes.items():
+            offset, slack = self.folded(name, op)
+            folded[name] = (offset, slack)
+            low = low + down.double() * offset - down.double().abs() * slack
+            high = high + up.double() * offset + up.double().abs() * slack
+            size = size + offset.abs() + slack
+        floor, gap = self.ends_of_lines(low, high, size)
+
+        def pull(slopes: Tensor, lower: Tensor | None) -> tuple[_linear.Pulled, Tensor]:
+            negative = slopes.clamp(max=0)
+            base, extra = floor, gap
+            found = {}
+            for name, (fixed, up) in lines.slopes.items():
+                down = fixed
+                if lower is not None:
+                    offset, slack = folded[name]
+                    chosen = torch.where(fixed != up, lower, fixed)
+                    # Relative to the line below that `floor` was made for.
+                    change = (chosen - down) * offset.to(self.kind) - (chosen - down).abs() * slack.to(self.kind)
+                    base, extra, down = floor + change, gap - change, chosen
+                part = slopes * down if down is up else torch.where(slopes > 0, down, up) * slopes
+                found[name] = _linear.sum_to(part, self.values[name].low.shape)
+            return found, self.dot(op.result, slopes, base) + self.dot(op.result, negative, extra)
+
+        return pull
+
+    def ends_of_lines(self, low: Tensor, high: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """Intercepts below, and how much higher those above are, moved outward by what sums with them may lose."""
+        loss = 2.1 * self._dots * (low.abs() + high.abs()) + 16 * self.own * size + TINY
+        return (low - loss).to(self.kind), (high - low + 2 * loss).to(self.kind)
+
+    def readers(self, name: str) -> int:
+        return self.reads.get(name, 1)
+
+    def folded(self, name: str, op: Op) -> tuple[Tensor, Tensor]:
+        """Offset and slack of an operand, float64, with what its coefficient loses when it is formed."""
+        box = self.values[name]
+        offset = self._offset(name).double()
+        sums = gamma(_linear.products(op, self.values, self.shape(op.result), self.batch) + 4, self.own)
+        slack = self.slack.get(name, torch.zeros_like(box.low)).double()
+        return offset, 1.001 * slack + (2 * sums + 16 * self.own) * (box.size().double() + offset.abs())
+
+
+SPECIAL: dict[str, Callable[[Chain, Op], Pull]] = {}

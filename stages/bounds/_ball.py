@@ -1,0 +1,65 @@
+"""The least value of a linear function over the inputs: a box, or an l2 or l1 ball cut with a box."""
+
+import torch
+from torch import Tensor
+
+from stages.bounds._interval import DOUBLE, TINY, Interval, gamma, outward
+from stages.bounds.base import Box
+
+_HALVINGS = 40
+
+
+class Ends:
+    """min over x of a^T x, for many a at once, in float64 and moved down by what float64 can lose.
+
+    Box: a^T m - |a|^T r with midpoint m and radius r.
+    l1 ball of radius eps round x0, cut with the box: moving entry i by t changes a^T x by -|a_i| t, up to the entry's
+    room in the box; the budget eps goes to the largest |a_i| first (a fractional knapsack, exact).
+    l2 ball, cut with the box: for every lam > 0
+        min >= a^T x0 + sum_i min_{d_i in box} (a_i d_i + lam d_i^2 / 2) - lam eps^2 / 2
+    by weak duality, with d_i = clip(-a_i / lam); the best lam, where ||d|| = eps, is found by bisection (any is sound).
+    """
+
+    def __init__(self, box: Box, kind: torch.dtype) -> None:
+        low, high = box.low.double(), box.high.double()
+        self.inside = Interval(outward(box.low, kind, -torch.inf), outward(box.high, kind, torch.inf))
+        self._low, self._high = low.flatten(1), high.flatten(1)
+        self._size = torch.maximum(low.abs(), high.abs()).flatten(1)
+        self.ball = box.ball
+        if box.ball is not None:
+            # Points in the ball are given in float32: rounding may carry them that much out of it.
+            order = 1.0 if box.ball.norm == "l1" else 2.0
+            norms = torch.linalg.vector_norm(box.ball.centre.double().flatten(1), order, 1)
+            self._reach = box.ball.eps * (1 + 1e-6) + 2.0**-23 * norms
+
+    def least(self, slopes: Tensor, loss: float) -> Tensor:
+        """[R, B] from [R, B, ...]; `loss` times |a|^T |x| is taken off as well."""
+        flat = slopes.flatten(2).double()
+        share = loss + gamma(4 * flat.shape[-1] + 32, DOUBLE)
+        middle, radius = (self._low + self._high) / 2, (self._high - self._low) / 2
+        found = torch.einsum("rbn,bn->rb", flat, middle) - torch.einsum("rbn,bn->rb", flat.abs(), radius)
+        if self.ball is not None:
+            move = self._l1 if self.ball.norm == "l1" else self._l2
+            centre = self.ball.centre.double().flatten(1)
+            found = torch.maximum(found, torch.einsum("rbn,bn->rb", flat, centre) + move(flat, centre))
+        return found - share * torch.einsum("rbn,bn->rb", flat.abs(), self._size) - TINY
+
+    def _l1(self, flat: Tensor, centre: Tensor) -> Tensor:
+        room = torch.where(flat > 0, centre - self._low, self._high - centre).clamp(min=0)
+        gain, order = flat.abs().sort(-1, descending=True)
+        room = room.gather(-1, order)
+        left = (self._reach.unsqueeze(-1) - (room.cumsum(-1) - room)).clamp(min=0)
+        return -(gain * torch.minimum(room, left)).sum(-1)
+
+    def _l2(self, flat: Tensor, centre: Tensor) -> Tensor:
+        down, up = (self._low - centre).clamp(max=0), (self._high - centre).clamp(min=0)
+        reach = self._reach.clamp(min=TINY).unsqueeze(-1)
+        high = flat.norm(dim=-1, keepdim=True) / reach + TINY
+        low = high * 1e-6
+        for _ in range(_HALVINGS):
+            lam = (low * high).sqrt()
+            wide = torch.minimum(torch.maximum(-flat / lam, down), up).norm(dim=-1, keepdim=True) > reach
+            low, high = torch.where(wide, lam, low), torch.where(wide, high, lam)
+        step = torch.minimum(torch.maximum(-flat / high, down), up)
+        least: Tensor = (flat * step + high * step**2 / 2).sum(-1) - high[..., 0] * self._reach**2 / 2
+        return least

@@ -1,0 +1,34 @@
+"""CROWN (Zhang et al. 2018): linear bounds from the output back to the image, and for every pre-activation too."""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from stages.bounds import _sweep
+from stages.bounds._backward import Chain
+from stages.bounds._interval import UNITS, outward
+from stages.bounds.base import Box, Certifier
+from stages.bounds.ibp import check
+
+
+class Crown(Certifier):
+    """As `crown_ibp`, with the boxes of what non-linear operations read bounded backward from the image as well.
+
+    Boxes go forward by interval arithmetic from boxes already tightened; a ReLU's input gets two backward rows (its low
+    and its high end) only where its sign is open, other operations' inputs always, and never where interval arithmetic
+    is exact (up to the first dense or convolutional layer, for boxes). Every box is intersected with the one before.
+
+    Cost: two rows per open neuron, each through the layers below it. Memory as in `crown_ibp`.
+    Source: Zhang et al., "Efficient Neural Network Robustness Certification with General Activation Functions", 2018,
+    theorem 3.2 and table 2, with the adaptive lower slope of section 3.3. Departures: as in `crown_ibp`.
+    """
+
+    arithmetic: Literal["real", "float32"] = "float32"
+    memory: float = Field(default=2.0, gt=0)
+
+    def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
+        check(box, rows)
+        chain = Chain(net, box, UNITS[self.arithmetic], self.arithmetic == "real")
+        _sweep.follow(chain, lambda op: _sweep.tighten(chain, op, self.memory))
+        return outward(_sweep.logits(chain, rows, self.memory), rows.dtype, -float("inf"))

@@ -1,0 +1,38 @@
+"""CROWN-IBP (Zhang et al. 2020): boxes by interval arithmetic, then one backward pass of linear bounds."""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from stages.bounds import _sweep
+from stages.bounds._backward import Chain
+from stages.bounds._interval import UNITS, outward
+from stages.bounds.base import Box, Certifier
+from stages.bounds.ibp import check
+
+
+class CrownIBP(Certifier):
+    """lower(x) = A x + c <= rows @ logits on the box, with A and c from one backward pass; then min of A x + c.
+
+    At a non-linear operation with box [l, u] a positive coefficient takes a line below and a negative one a line above
+    (`_relax`); the boxes are those of interval arithmetic. The answer is the larger of this bound and IBP's, since
+    neither is always the better one. Balls (l2, l1) are used where the box carries one, by their dual norms.
+
+    Rounding: as in `_backward`: the bounds are computed in the network's precision, and cover both their own rounding
+    and, with arithmetic = "float32" (default), that of any float32 execution that sums products one by one. "real"
+    computes in float64 and covers exact arithmetic alone.
+
+    `memory` caps the coefficients, in GiB: rows are split so that 6 R B widest-layer numbers fit.
+    Source: Zhang et al., "Towards Stable and Efficient Training of Verifiably Robust Neural Networks", 2020, section 3.
+    Departures: rounding; the maximum with IBP; no loss fusion. Differentiable in the weights.
+    """
+
+    arithmetic: Literal["real", "float32"] = "float32"
+    memory: float = Field(default=2.0, gt=0)
+
+    def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
+        check(box, rows)
+        chain = Chain(net, box, UNITS[self.arithmetic], self.arithmetic == "real")
+        _sweep.follow(chain)
+        return outward(_sweep.logits(chain, rows, self.memory), rows.dtype, -float("inf"))
