@@ -231,13 +231,13 @@ class Chain:
         size = {name: self.values[name].size() + before[name].abs() for name in before}
         if _ops.is_affine(op, args):
             piece = _ops.parts(op, args, kwargs)
-            share = self.rounding.share(piece.terms) + sums
+            share = self._share(piece.terms) + sums
             [name] = before
             spread = piece.magnitude(old[name] + share * size[name]) + share * piece.offset
             slack = (1 + 4 * share) * spread + TINY
             return (slack, *result[1:]) if isinstance(result, tuple) else self._fans(op, slack)
         if op.kind in {"add", "sub"}:
-            share = self.rounding.share(2) + sums
+            share = self._share(2) + sums
             parts = [(old[n], size[n]) for n in (getattr(arg, "name", None) for arg in op.args[:2]) if n in before]
             fixed = [torch.as_tensor(a).abs() for a in args[:2] if not isinstance(a, Interval)]
             total = sum(e + share * s for e, s in parts) + share * sum(fixed)
@@ -247,6 +247,10 @@ class Chain:
         if op.kind == "constant_pad_nd":
             return self._fans(op, op.target(moved[op.reads()[0]], args[1]))
         return self._fans(op, op.target(*fill(op.args, {**self.values, **moved}), **kwargs))
+
+    def _share(self, terms: int) -> float:
+        """The network's rounding in a sum of so many products, and ours where its offset is formed."""
+        return gamma(terms + 2, self.rounding.unit) + gamma(terms + 4, self.own)
 
     def _fans(self, op: Op, slack: Any) -> Any:
         """What adding up the coefficients of several readers may lose."""

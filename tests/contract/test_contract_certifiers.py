@@ -1,5 +1,7 @@
 """What every certifier promises; a new file in the folder is held to it unasked."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ def certifier(kind: str) -> Certifier:
     return load(FOLDER, Certifier, kind)  # type: ignore[type-abstract]
 
 
+@cache
 def batch() -> tuple[nn.Module, Tensor, Tensor]:
     with torch.random.fork_rng(devices=[]):
         net = Arch(builder="small_cnn", options={"width": 4, "hidden": 16}, input_shape=(1, 8, 8), classes=4).build()
@@ -84,4 +87,5 @@ def test_same_question_same_answer_and_a_network_in_training_is_refused(kind: st
         first, second = (certifier(kind).margins(net, x, y, THREATS[0]) for _ in range(2))
     assert torch.equal(first, second)
     with pytest.raises(InputError, match="eval mode"):
-        certifier(kind).margins(net.train(), x, y, THREATS[0])
+        certifier(kind).margins(nn.Sequential(net).train(), x, y, THREATS[0])
+    net.eval()

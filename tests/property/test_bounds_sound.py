@@ -127,7 +127,7 @@ def box(side: int, seed: int, eps: float) -> Box:
     return Box((x - reach).clamp(min=0), (x + reach).clamp(max=1))
 
 
-@pytest.mark.parametrize(("seed", "arithmetic"), [(i, "real" if i % 3 == 2 else "float32") for i in range(14)])
+@pytest.mark.parametrize(("seed", "arithmetic"), [(i, "real" if i % 3 == 2 else "float32") for i in range(10)])
 def test_nothing_escapes_a_random_network(seed: int, arithmetic: str) -> None:
     net, side = network(seed)
     certifiers = [type_of(FOLDER, Certifier, kind).load({"arithmetic": arithmetic}) for kind in KINDS]  # type: ignore[type-abstract]
