@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stages import evidence, validity
+from stages.adapter import Behind
 from stages.evaluate import OnStep
 from stages.finding import Finding, Point
 from stages.scene import Scene, Struck
@@ -16,6 +17,7 @@ from stages.verdicts import Verdicts, misread
 
 _DOUBTED, _SHARE = 50, 20
 _CURVE = (0.5, 1.0, 2.0)
+_OF_GRADIENTS = ("gradients_present", "gradients_explain", "rises_along_gradient", "black_box")
 
 
 def findings(
@@ -37,13 +39,23 @@ def findings(
         if scene.threat.eps > 0:
             points = validity.curve(subject.attacked, x, y, scene.threat, _CURVE, at)
             found = validity.checks(subject.attacked, x, y, scene.threat, at, points, None, on_step)
-            yield from (finding for finding in found if finding.name not in {check.name for check in own})
+            done = {check.name for check in own}
+            yield from (_blamed(finding, subject.twin) for finding in found if finding.name not in done)
     lost, allowed = sum(line.twin_only for line in verdicts.lines), max(1, len(scene.x) // 50)
     text = f"{lost} images were broken in an attack, and not when the file was asked again; they count as standing"
     yield Finding("broken_on_file", lost <= allowed, f"{text}; must be <= {allowed}")
     yield _rechecked(scene, verdicts.struck)
     yield from _sound(subject, verdicts, seed)
     yield from verdicts.proved.findings
+
+
+def _blamed(finding: Finding, twin: Behind) -> Finding:
+    """The nodes that gradients cannot see through, where gradients fail."""
+    jumps = twin.twin.jumps()
+    if finding.ok or not jumps or finding.name not in _OF_GRADIENTS:
+        return finding
+    text = f"{finding.text}; flat between jumps: {', '.join(jumps)}: attack a copy with smooth stand-ins for these"
+    return Finding(finding.name, False, text)
 
 
 def _probabilities(subject: Subject, x: Tensor) -> Finding:

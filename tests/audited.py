@@ -23,6 +23,7 @@ FORMS: dict[str, tuple[tuple[Any, ...], tuple[Node, ...], tuple[str, ...]]] = {
     "centred": (("b", 1, 8, 8), (("Add", ["one"], {}), ("Div", ["two"], {})), ("--pixels=-1:1",)),
     "nhwc": (("b", 8, 8, 1), (("Transpose", [], {"perm": [0, 3, 1, 2]}),), ("--layout", "nhwc")),
     "column": (("b", 64, 1), (("Reshape", ["image"], {}),), ()),
+    "rounded": (("b", 1, 8, 8), (("Mul", ["three"], {}), ("Round", [], {}), ("Div", ["three"], {})), ()),
     "single": ((1, 1, 8, 8), (), ()),
     "triple": ((3, 1, 8, 8), (), ()),
 }
@@ -65,6 +66,7 @@ def file(path: Path, form: str = "pixels", end: str = "logits") -> Path:
         "std": np.array([STD], np.float32),
         "full": np.array([255], np.float32),
         "one": np.array([1], np.float32),
+        "three": np.array([3], np.float32),
         "two": np.array([2], np.float32),
         "image": np.array([-1, 1, 8, 8]),
         "zero": np.array(0),

@@ -26,6 +26,7 @@ from stages.seeding import generator
 
 LOGITS = read.LOGITS
 _SAME = 1e-4
+_JUMPS = {"Ceil", "Equal", "Floor", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Mod", "Round", "Sign"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,17 @@ class Twin(nn.Module):
         return torch.cat([_batched(self._through(part), self.piece) for part in torch.split(whole, self.piece)])[
             : len(x)
         ]
+
+    def jumps(self) -> tuple[str, ...]:
+        """Steps on the way from the image that are flat between jumps, as operator and result; Q/DQ pairs are not."""
+        moving, found = {self._input}, []
+        for step in self._steps:
+            if moving.isdisjoint(step.inputs) or step.operator in ("Shape", "Size"):
+                continue
+            moving.update(step.outputs)
+            if step.operator in _JUMPS:
+                found.append(f'{step.operator} giving "{step.outputs[0]}"')
+        return tuple(found)
 
     def _through(self, x: Tensor) -> Tensor:
         known = self._start(x)

@@ -176,6 +176,19 @@ def test_outputs_that_depend_on_chance_or_on_the_batch_are_found(
     assert "the robust accuracy is not to be believed as it stands" in said
 
 
+def test_a_file_that_hides_its_gradients_is_called_out_and_refused(audit: Audit, tmp_path: Path) -> None:
+    """Pixels rounded to four levels on the way in: no gradient, no find, and a black box that knows better."""
+    options = ("--data", "digits", "--threads", 1, "--threat", "linf:0.2", "--limit", 30, "--attack", "pgd,apgd")
+    status, said, problem = audit(
+        file(tmp_path / "m.onnx", "rounded"), *options, "--certify", "none", "--at-least", 0.1
+    )
+    assert status == 1
+    assert problem.startswith("temper: robust accuracy is not to be believed: gradients_present")
+    assert 'flat between jumps: Round giving "v1": attack a copy with smooth stand-ins for these' in said
+    failed = {line.split()[1] for line in said.splitlines() if line.startswith("FAILED")}
+    assert {"gradients_present:", "gradients_explain:", "black_box:"} <= failed
+
+
 @pytest.mark.parametrize(
     ("eps", "note"),
     [
