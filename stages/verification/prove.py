@@ -12,7 +12,9 @@ from stages.verification.falsify import Hunt
 
 _CHUNK = 64  # regions or boxes bounded at once, to begin with
 _LARGEST = 1 << 13
-_SLOW = 0.4  # seconds that a chunk may take
+_CLOSE = 2e-3
+_SLOW = 1.0  # seconds that a chunk may take
+_FIRST = 128
 
 
 def refuted(lower: Tensor, bounds: Tensor) -> Tensor:
@@ -58,6 +60,7 @@ class Boxes:
 class Splitting:
     """Branch and bound over the inputs: a box in which a case stays open is cut in two across its most telling side.
 
+    Bounds are `quick`; where many miss by less than `_CLOSE` of the outputs' size, `exact` ones are formed for those.
     Telling is the side with the largest |d g / d x_i| times width, with g the distance to being met of the nearest open
     case and the gradient taken in the middle of the box. Boxes are bounded many at once, the newest first, so that
     memory stays small; between chunks a few descents look for a witness in the boxes that are most open. A box whose
@@ -66,23 +69,26 @@ class Splitting:
 
     net: nn.Module
     cases: Cases
-    certifier: Certifier
+    quick: Certifier
+    exact: Certifier
     hunt: Hunt
     boxes: int = 0
-    chunk: int = _CHUNK
+    chunk: int = 512
     hunted: float = 0.0
 
     def run(self, still: Tensor, clock: Clock) -> tuple[bool, Array | None]:
         """Whether every case int64 `still` was refuted everywhere, and the witness if one was met on the way."""
         cases_of, todo = self._begin(still)
-        stack = [todo]
         complete = True
+        while complete and len(todo) < _FIRST:  # a chunk of few boxes takes as long as one of many
+            todo, complete = self._halves(todo, cases_of[todo.region])
+        stack = [todo]
         while stack and clock.left() > 0:
             some = self._pop(stack)
             began = clock.spent()
-            lower = self._lower(some)
             met = cases_of[some.region]  # [B, J]
             bounds = self.cases.bounds[met]
+            lower = self._lower(some, bounds)
             some = Boxes(some.low, some.high, some.region, some.still & ~refuted(lower.unsqueeze(1), bounds))
             self.boxes += len(some)
             keep = some.still.any(1)
@@ -127,10 +133,20 @@ class Splitting:
             torch.cat([part.still for part in parts]),
         )
 
-    def _lower(self, some: Boxes) -> Tensor:
+    def _lower(self, some: Boxes, bounds: Tensor) -> Tensor:
+        """[B, U]; -inf for rows that no case asks for."""
+        asked = bounds.isfinite().any(1).any(0).nonzero().squeeze(1)
+        lower = some.low.new_full((len(some), len(self.cases.rows)), -torch.inf, dtype=torch.float64)
         with torch.no_grad():
-            rows = self.cases.rows.expand(len(some), -1, -1)
-            return self.certifier.lower(self.net, Box(some.low, some.high), rows)
+            rows = self.cases.rows[asked]
+            lower[:, asked] = self.quick.lower(self.net, Box(some.low, some.high), rows.expand(len(some), -1, -1))
+            short = torch.where(some.still, (bounds - lower.unsqueeze(1)).amin(2), -torch.inf).amax(1)
+            size = (self.net(some.low).double() @ rows.T).abs().amax(1)
+            close = ((short >= 0) & (short < _CLOSE * size)).nonzero().squeeze(1)
+            if len(close) > len(some) / 8:
+                again = Box(some.low[close], some.high[close])
+                lower[close.unsqueeze(1), asked] = self.exact.lower(self.net, again, rows.expand(len(close), -1, -1))
+        return lower
 
     def _halves(self, some: Boxes, met: Tensor) -> tuple[Boxes, bool]:
         """Both halves of every box that can be cut, and whether all could."""
@@ -175,5 +191,5 @@ class Splitting:
     def _pace(self, seconds: float) -> None:
         if seconds < _SLOW / 2:
             self.chunk = min(2 * self.chunk, _LARGEST)
-        elif seconds > 2 * _SLOW and self.chunk > 1:
+        elif seconds > 2 * _SLOW and self.chunk > _CHUNK:
             self.chunk //= 2

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stages.bounds.base import Certifier
+from stages.bounds.crown import Crown
+from stages.bounds.crown_forward import CrownForward
 from stages.bounds.ibp import IBP
 from stages.method import InputError
 from stages.nn._atomic import write
@@ -18,11 +19,13 @@ from stages.verification.cases import Array, Cases
 from stages.verification.clock import Clock
 from stages.verification.falsify import Hunt
 from stages.verification.model import Model, opened
+from stages.verification.neurons import Branching
 from stages.verification.vnnlib import parse
 
 Word = Literal["sat", "unsat", "unknown"]
 Say = Callable[[str], None]
 _ALIKE = 1e-4
+_FEW = 24  # free inputs that are worth splitting
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,25 +95,32 @@ class Trial:
     def _prove(self) -> Array | None:
         """Refutes what bounds can refute; returns a witness where the search inside boxes met one."""
         try:
-            for certifier in self._certifiers():
+            for certifier in (IBP(), Crown()):
                 if len(self.still) and self.clock.left() > 0:
                     self.still = prove.on_regions(self.model.net, self.cases, self.still, certifier, self.clock)
                     self.say(f"{certifier.kind}: {len(self.still)} of {len(self.cases.bounds)} cases are open")
             if len(self.still) == 0:
                 return None
-            splitting = prove.Splitting(self.model.net, self.cases, self._certifiers()[-1], self.hunt)
-            done, witness = splitting.run(self.still, self.clock)
-            self.say(f"splitting: {splitting.boxes} boxes bounded")
+            free = int((self.cases.high > self.cases.low).any(0).sum())
+            return self._split() if free <= _FEW else self._branch()
         except InputError as error:
             self.why = str(error)
             self.say(self.why)
             return None
+
+    def _split(self) -> Array | None:
+        splitting = prove.Splitting(self.model.net, self.cases, CrownForward(double=False), CrownForward(), self.hunt)
+        done, witness = splitting.run(self.still, self.clock)
+        self.say(f"splitting: {splitting.boxes} boxes bounded")
         if done:
             self.still = self.still[:0]
         return witness
 
-    def _certifiers(self) -> list[Certifier]:
-        return [IBP()]
+    def _branch(self) -> Array | None:
+        branching = Branching(self.model.net, self.cases, self.hunt)
+        self.still, witness = branching.run(self.still, self.clock)
+        self.say(f"branching: {branching.domains} domains bounded, {len(self.still)} cases are open")
+        return witness
 
     def _hunt(self, rounds: int | None, part: float) -> Array | None:
         clock = self.clock.share(part)
