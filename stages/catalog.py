@@ -17,6 +17,7 @@ _METHODS = {
     "compressors": "stages/compressors",
     "attacks": "stages/attacks",
     "bounds": "stages/bounds",
+    "detectors": "stages/detectors",
     "builders": "stages/nn/builders",
     "layers": "stages/nn/layers",
     "data": "stages/data",

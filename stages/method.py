@@ -106,12 +106,22 @@ def _hinted(error: ValidationError, method: type[Method]) -> ValidationError:
     """The same findings; a setting that the method does not have is answered with the nearest that it has."""
     details: list[Any] = []
     for detail in error.errors(include_url=False):
-        if detail["type"] == "extra_forbidden" and len(detail["loc"]) == 1:
-            details.append(finding(detail["loc"], unknown(str(detail["loc"][0]), method.model_fields)))
+        place = detail["loc"]
+        if detail["type"] == "extra_forbidden":
+            details.append(finding(place, unknown(str(place[-1]), _fields_at(method, place[:-1]))))
         else:
             text = detail["msg"].removeprefix("Value error, ")
             details.append({**finding(detail["loc"], text), "input": detail["input"]})
     return ValidationError.from_exception_data(method.__name__, details)
+
+
+def _fields_at(model: Any, place: tuple[Any, ...]) -> Iterable[str]:
+    """The settings of a method, or of the frozen value that one of its settings is, as far as annotations tell."""
+    for part in place:
+        field = getattr(model, "model_fields", {}).get(part)
+        model = None if field is None else field.annotation
+    fields: Mapping[str, Any] = getattr(model, "model_fields", {})
+    return fields
 
 
 def type_of(folder: str, base: type[T], kind: str) -> type[T]:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Annotated
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 from torch import Tensor
 
 from stages.detectors._squeezers import bit_depth, median_2x2, non_local_means
@@ -38,6 +38,12 @@ def _known(name: str) -> str:
     return name
 
 
+def _some(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise ValueError("expected one squeezer or more, got none; leave it out for the usual ones")
+    return names
+
+
 class FeatureSqueezing(Detector):
     """score(x) = max_i ||softmax(z(x)) - softmax(z(q_i(x)))||_1, in [0, 2], over the squeezers q_i.
 
@@ -51,7 +57,7 @@ class FeatureSqueezing(Detector):
     It detects attacks that do not know it; what `adaptive` finds is the number to believe.
     """
 
-    squeezers: tuple[Annotated[str, AfterValidator(_known)], ...] | None = Field(default=None, min_length=1)
+    squeezers: Annotated[tuple[Annotated[str, AfterValidator(_known)], ...], AfterValidator(_some)] | None = None
 
     def copies(self, x: Tensor) -> Tensor:
         if x.dim() != 4:

@@ -63,6 +63,26 @@ def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
             BASE + "[stages.search]\narch = { wdith = 3 }\n",
             'arch: builder "small_cnn": wdith: unknown key; did you mean',
         ),
+        (
+            BASE + '[stages.validate]\ndetector = "feature_squeezin"\n',
+            'spec.toml:3: stages.validate.detector: no method "feature_squeezin" in detectors; did you mean "feature',
+        ),
+        (
+            BASE + '[stages.validate.detector]\nkind = "feature_squeezing"\nsqueezers = ["median_3"]\n',
+            'stages.validate.detector.squeezers.0: expected "bit_1" to "bit_8", "median_2", or "nlm_SEARCH_PATCH_',
+        ),
+        (
+            BASE + '[stages.validate.detector]\nkind = "feature_squeezing"\nfalse_alarms = 1\n',
+            "spec.toml:4: stages.validate.detector.false_alarms: expected less than 1",
+        ),
+        (
+            BASE + '[stages.validate.detector]\nkind = "feature_squeezing"\nadaptive = { stpes = 3 }\n',
+            'stages.validate.detector.adaptive.stpes: unknown key; did you mean "steps"?',
+        ),
+        (
+            BASE + '[[budget.validate]]\nmetric = "accuracy.robust.detected.test"\nat_least = 0.5\n',
+            'validate does not measure "accuracy.robust.detected.test" with this config',
+        ),
         (BASE + '[[budget.train]]\nmetrik = "x"\nat_least = 1\n', "spec.toml:2: budget.train.metric: missing"),
         (
             BASE + '[[budget.train]]\nmetric = "accuracy.clean.holdout"\nat_least = 88\n',

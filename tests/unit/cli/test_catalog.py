@@ -33,6 +33,8 @@ def test_one_kind_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "data:"
     assert any(line.split()[:2] == ["digits", "1,797"] for line in out)
+    assert main(["list", "detectors"]) == 0
+    assert "feature_squeezing  Flags inputs whose answer changes when they are squeezed" in capsys.readouterr().out
 
 
 def test_an_unknown_kind_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
