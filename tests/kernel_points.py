@@ -39,7 +39,8 @@ def solve(points: Tensor, targets: Tensor) -> Tensor:
     """(K + ridge mean(diag K) I)^-1 targets, so that regression is `tangent(x, points) @ solve(points, targets)`."""
     kernel = tangent(points, points)
     ridge = _RIDGE * kernel.diagonal().mean() * torch.eye(len(points), dtype=kernel.dtype)
-    return torch.linalg.solve(kernel + ridge, targets)
+    solved: Tensor = torch.linalg.solve(kernel + ridge, targets)
+    return solved
 
 
 def distil(x: Tensor, y: Tensor, count: int, eps: float, steps: int, lr: float = 0.02) -> tuple[Tensor, Tensor]:
