@@ -10,6 +10,7 @@ from stages.method import InputError
 
 DOUBLE, SINGLE = 2.0**-53, 2.0**-24
 UNITS = {"real": 0.0, "float32": SINGLE}  # of the arithmetic that bounds cover
+FOLDED = 2.0**-10  # of a code: what integer kernels may lose before they round (`quantised`)
 TINY = 1e-30  # more than what underflow can lose in any sum that fits in memory
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.bounds._interval import TINY, Interval, Rounding, bounded, high_ends, low_ends
+from stages.bounds._interval import FOLDED, TINY, Interval, Rounding, bounded, high_ends, low_ends
 from stages.bounds._trace import Op
 from stages.method import InputError
 
@@ -231,6 +231,13 @@ def _square(x: Interval, rounding: Rounding) -> Interval:
     return rounding.widen(nearest**2, high, high)
 
 
+def _round(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
+    """Monotone and exact. Before it a step of 2^-10, for kernels that fold zero points into their sums: they lose units
+    of the largest code, 255, where the operations of the trace lose units of the value."""
+    reach = FOLDED if rounding.unit else 0.0
+    return Interval(op.target(args[0].low - reach, **kwargs), op.target(args[0].high + reach, **kwargs))
+
+
 def _mul(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
     del kwargs
     if op.args[0] == op.args[1]:
@@ -317,6 +324,7 @@ _RULES: dict[str, Callable[[Op, tuple[Any, ...], dict[str, Any], Rounding], Any]
     "mul": _mul,
     "div": _div,
     "reciprocal": _reciprocal,
+    "round": _round,
     "pow": _pow,
     "mm": _matmul,
     "bmm": _matmul,

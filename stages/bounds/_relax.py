@@ -7,6 +7,7 @@ Others (`Curve`): the line above touches the concave hull of f over the middle o
 the least area; the line below likewise. The hull is that of f at grid points, kinks among them; between neighbours f
 exceeds its chord by at most M h^2 / 8, with M a bound of |f''| and h the spacing, and that is added. With M = 0
 (piecewise linear) the lines are the best there are.
+Rounding to whole numbers: x +- 1/2.
 Products: |x y - (m_y x + m_x y - m_x m_y)| <= r_x r_y, m and r midpoints and radii: the mean of McCormick's two planes,
 all of which agree at the centre.
 What has no rule is bounded by the constants of interval arithmetic.
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.bounds._interval import DOUBLE, TINY, Interval
+from stages.bounds._interval import DOUBLE, FOLDED, TINY, Interval
 from stages.bounds._trace import Op, fill
 
 _PIECES = 32
@@ -118,6 +119,15 @@ def middle(x: Interval, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     return centre, torch.maximum(high - centre, centre - low) * (1 + _ROUND)
 
 
+def rounded(op: Op, x: Interval, kind: torch.dtype) -> Lines:
+    """round(x) within x +- 1/2, or between its ends where they are at most one apart; `FOLDED` as in interval rules."""
+    low, high = (x.low.double() - FOLDED).round(), (x.high.double() + FOLDED).round()
+    slope = (high - low > 1).to(kind)
+    half, slanted = 0.5 + FOLDED + 2 * DOUBLE * torch.maximum(x.low.abs(), x.high.abs()).double(), slope > 0
+    lines = torch.where(slanted, -half, low), torch.where(slanted, half, high)
+    return Lines({_name(op): (slope, slope)}, *lines)
+
+
 def constant(result: Interval) -> Lines:
     return Lines({}, result.low.double(), result.high.double())
 
@@ -127,6 +137,8 @@ def elementwise(op: Op, values: dict[str, Any], kind: torch.dtype) -> Lines | No
     args, kwargs = fill(op.args, values), fill(dict(op.kwargs), values)
     if op.kind == "relu":
         return relu(op, args[0], kind)
+    if op.kind == "round":
+        return rounded(op, args[0], kind)
     if op.kind == "mul" and op.args[0] != op.args[1]:
         return product(op, args[0], args[1], kind)
     known = _known(op, args, kwargs)
@@ -143,7 +155,7 @@ def _name(op: Op) -> str:
 def _known(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Curve | None:
     del kwargs
     rest = [arg for arg in args if not isinstance(arg, Interval)]
-    if any(isinstance(arg, Tensor) for arg in rest):
+    if any(isinstance(arg, Tensor) and arg.numel() > 1 for arg in rest):
         return None
     if op.kind in {"clamp", "hardtanh", "clamp_min", "clamp_max"}:
         ends = (-1.0, 1.0) if op.kind == "hardtanh" and not rest else rest

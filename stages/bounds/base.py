@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, Literal, final
+from typing import Annotated, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,10 @@ class Box:
 
 
 class Certifier(Method):
+    """`covers_rounding` says that the bounds hold for graphs that round to codes, however kernels sum."""
+
+    covers_rounding: ClassVar[bool] = False
+
     @abstractmethod
     def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
         """[B, R] sound lower bounds of rows @ logits over the box; rows is [B, R, K]. Net in eval mode."""
