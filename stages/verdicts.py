@@ -7,7 +7,8 @@ strikes again with the file's own values and the twin's gradients, and what is l
 Proofs are about the twin. Both leads in a comparison of classes may be off by what twin and file were seen to differ,
 so twice that gap is taken off every bound. For float files the bounds allow for float32 sums in any order, and the gap
 is for what onnxruntime does besides (it fuses operations); it is measured on some inputs and proved for none. A file
-that rounds on the way may land a whole code away from its twin, and of such a file nothing is proved.
+that rounds on the way may land a whole code away from its twin: of it only bounds that cover this say anything
+(`quantised`), and nothing is taken off them.
 """
 
 import time
@@ -173,17 +174,24 @@ def _proved(
 ) -> Proved:
     """Bounds of the twin, less what the file may be away from it."""
     twin, why = subject.twin, "there is no torch twin to prove it of"
-    if twin is not None and twin.twin.rounds:
-        twin, why = None, "the file rounds on the way, and may land a code away from what was bounded"
-    if twin is None:
-        leads = torch.full((len(scene.x), subject.classes), float("-inf"))
-        nothing = leads.scatter(1, scene.y.unsqueeze(1), float("inf"))
-        told = (Finding(f"covers_{name}", True, f"{name} proves nothing about this file: {why}") for name in certifiers)
-        return Proved(dict(certifiers), dict.fromkeys(certifiers, nothing), tuple(told))
-    labelled = lambda name: on_step(f"certify {name}")  # noqa: E731
-    found = prove(twin, scene.x, scene.y, subject.classes, scene.threat, certifiers, labelled)
-    slack = 2 * subject.gap
-    return Proved(found.certifiers, {name: leads - slack for name, leads in found.leads.items()}, found.findings)
+    rounds = twin is not None and twin.twin.rounds
+    able = {name: certifier for name, certifier in certifiers.items() if certifier.covers_rounding or not rounds}
+    if rounds:
+        why = 'the file rounds on the way, and may land a code away from what was bounded; "quantised" covers that'
+    found = Proved({}, {}, ())
+    if twin is not None:
+        labelled = lambda name: on_step(f"certify {name}")  # noqa: E731
+        found = prove(twin, scene.x, scene.y, subject.classes, scene.threat, able, labelled)
+    leads = torch.full((len(scene.x), subject.classes), float("-inf"))
+    nothing = leads.scatter(1, scene.y.unsqueeze(1), float("inf"))
+    slack = 0.0 if rounds else 2 * subject.gap
+    told = [
+        Finding(f"covers_{name}", True, f"{name} proves nothing about this file: {why}")
+        for name in certifiers
+        if name not in found.leads
+    ]
+    bounds = {name: found.leads[name] - slack if name in found.leads else nothing for name in certifiers}
+    return Proved(dict(certifiers), bounds, (*found.findings, *told))
 
 
 def _strike(

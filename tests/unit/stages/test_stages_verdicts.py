@@ -16,6 +16,7 @@ from stages.attacks.fab import FAB
 from stages.attacks.pgd import PGD
 from stages.attacks.worst_of import WorstOf
 from stages.bounds.ibp import IBP
+from stages.bounds.quantised import Quantised
 from stages.data.digits import Digits
 from stages.members import named
 from stages.method import InputError
@@ -123,7 +124,7 @@ def test_after_a_softmax_the_gap_is_that_of_logits(tmp_path: Path) -> None:
     assert "softmax" in given.text
 
 
-def test_of_an_int8_file_nothing_is_proved_and_values_are_its_own(tmp_path: Path) -> None:
+def test_an_int8_file_is_proved_by_what_covers_rounding_alone_and_values_are_its_own(tmp_path: Path) -> None:
     x, _ = shown()
     source = onnx.load(file(tmp_path / "float.onnx"))
     source.graph.input[0].name = source.graph.node[0].input[0] = "input"
@@ -139,6 +140,13 @@ def test_of_an_int8_file_nothing_is_proved_and_values_are_its_own(tmp_path: Path
     assert int(found.certified.sum()) == 0
     assert "proves nothing about this file: the file rounds" in found.proved.findings[0].text
     assert 0 < int(found.robust.sum()) < int(found.right.sum())
+    x, y = shown()
+    plan = Plan(THREAT, named(ATTACKS, THREAT), {"quantised": Quantised()}, False, 0)
+    proved = judge(given, x, y, torch.arange(len(x)), plan, lambda attack: attack, lambda _: lambda _done, _total: None)
+    assert proved.certified is not None
+    assert int(proved.certified.sum()) > 5
+    assert bool((proved.robust | ~proved.certified).all())  # attacked all the same, and none was broken
+    assert torch.equal(proved.robust, found.robust)
 
 
 @pytest.mark.parametrize("end", ["neighbours", "position"])
