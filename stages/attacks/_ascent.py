@@ -41,13 +41,13 @@ def climb(hill: Hill, start: Tensor, threat: Threat, steps: int) -> tuple[Tensor
     """One start: the wrong or else the best point of each example [B, ...], and which are still right, bool [B]."""
     result, right = start.clone(), torch.ones(len(start), dtype=torch.bool, device=start.device)
     still, loss, slope = hill.look(start)
-    path = Path.begin(hill, start, loss, slope, 2 * threat.eps)
+    path = Path.begin(hill, Ball.around(hill.x, threat), start, loss, slope)
     path = _settle(path, still, result, right)
     window, since = max(int(_FIRST * steps), 1), 0
     for step in range(steps):
         if len(path.rows) == 0:
             break
-        _advance(path, threat, first=step == 0)
+        _advance(path, first=step == 0)
         still, loss, slope = path.hill.look(path.point)
         path.record(loss, slope)
         path = _settle(path, still, result, right)
@@ -60,11 +60,42 @@ def climb(hill: Hill, start: Tensor, threat: Threat, steps: int) -> tuple[Tensor
     return result, right
 
 
+@dataclass(frozen=True, slots=True)
+class Ball:
+    """The threat around x; for linf as two corners, so that projecting is a single pass over the pixels."""
+
+    x: Tensor
+    threat: Threat
+    low: Tensor
+    high: Tensor
+
+    @staticmethod
+    def around(x: Tensor, threat: Threat) -> "Ball":
+        return Ball(x, threat, *(threat.project(x + by, x) for by in (-threat.eps, threat.eps)))
+
+    def __getitem__(self, rows: Tensor) -> "Ball":
+        return Ball(self.x[rows], self.threat, self.low[rows], self.high[rows])
+
+    def project_(self, point: Tensor) -> Tensor:
+        """`threat.project`; `point` is spent."""
+        if self.threat.norm == "linf":
+            return point.clamp_(self.low, self.high)
+        return self.threat.project(point, self.x)
+
+    def steepest(self, slope: Tensor) -> Tensor:
+        """The unit vector of this norm that climbs most."""
+        if self.threat.norm == "linf":
+            return slope.sign()
+        # `ascend` from the origin of coordinates with length one, since steps differ by example.
+        return self.threat.ascend(torch.zeros_like(slope), slope, 1.0)
+
+
 @dataclass
 class Path:
     """Where the examples that are still right stand; every field has one entry per such example."""
 
     hill: Hill
+    ball: Ball
     rows: Tensor
     point: Tensor
     before: Tensor
@@ -79,13 +110,15 @@ class Path:
     halved: Tensor
 
     @staticmethod
-    def begin(hill: Hill, start: Tensor, loss: Tensor, slope: Tensor, length: float) -> "Path":
+    def begin(hill: Hill, ball: Ball, start: Tensor, loss: Tensor, slope: Tensor) -> "Path":
         rows = torch.arange(len(start), device=start.device)
-        step = torch.full((len(rows),), length, dtype=start.dtype, device=start.device)
+        step = torch.full((len(rows),), 2 * ball.threat.eps, dtype=start.dtype, device=start.device)
         # `halved` starts as True: at the first checkpoint there is no earlier best loss to have stood still from.
         halved = torch.ones_like(rows, dtype=torch.bool)
         rises = torch.zeros_like(rows)
-        return Path(hill, rows, start, start, slope, step, loss, rises, start, loss, slope, loss, halved)
+        # `record` writes into the best points, so they are copies.
+        best, best_slope = start.clone(), slope.clone()
+        return Path(hill, ball, rows, start, start, slope, step, loss, rises, best, loss, best_slope, loss, halved)
 
     def keep(self, mask: Tensor) -> "Path":
         rows = mask.nonzero().flatten()
@@ -96,9 +129,9 @@ class Path:
         self.rises = self.rises + (loss > self.loss)
         self.loss, self.slope = loss, slope
         better = loss > self.best_loss
-        wide = better.view(column(self.point))
-        self.best = torch.where(wide, self.point, self.best)
-        self.best_slope = torch.where(wide, slope, self.best_slope)
+        at = better.nonzero().flatten()
+        self.best.index_copy_(0, at, self.point[at])
+        self.best_slope.index_copy_(0, at, slope[at])
         self.best_loss = torch.where(better, loss, self.best_loss)
 
     def check(self, window: int) -> None:
@@ -113,15 +146,14 @@ class Path:
         self.rises = torch.zeros_like(self.rises)
 
 
-def _advance(path: Path, threat: Threat, first: bool) -> None:
-    """One step with momentum, in place."""
-    origin, now = path.hill.x, path.point
-    step = path.step.view(column(now))
-    # The steepest direction is `ascend` from the origin of coordinates with length one; steps differ by example.
-    ahead = threat.project(now + step * threat.ascend(torch.zeros_like(now), path.slope, 1.0), origin)
+def _advance(path: Path, first: bool) -> None:
+    """One step with momentum."""
+    now = path.point
+    ahead = path.ball.project_(torch.addcmul(now, path.step.view(column(now)), path.ball.steepest(path.slope)))
     if not first:
-        mixed = now + _MOMENTUM * (ahead - now) + (1 - _MOMENTUM) * (now - path.before)
-        ahead = threat.project(mixed, origin)
+        # The mixture of the docstring of APGD, gathered by points.
+        mixed = ahead.mul_(_MOMENTUM).add_(now, alpha=2 - 2 * _MOMENTUM).sub_(path.before, alpha=1 - _MOMENTUM)
+        ahead = path.ball.project_(mixed)
     path.before, path.point = now, ahead
 
 

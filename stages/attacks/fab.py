@@ -15,7 +15,6 @@ _SHORTEST = 1e-8
 _TINY = 1e-12
 _NUMBERS = 2**20
 _CACHED = 2**16
-_ORDER = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}
 _DUAL = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}
 
 
@@ -99,7 +98,8 @@ class FAB(Attack):
             nearer = by < near_by[place]
             near[place[nearer]], near_by[place[nearer]] = ahead[nearer], by[nearer]
             found.take(walk.rows, ahead, by <= threat.eps)
-            point = torch.where(_wide(wrong, ahead), origin + self.beta * (ahead - origin), ahead)
+            # Exactly `ahead` where the share is 1.
+            point = torch.lerp(origin, ahead, _wide(1 - (1 - self.beta) * wrong.to(x.dtype), x))
             plane = plane.seen_from(point, ahead)
             walk.point = point
             keep = found.alive[walk.rows]
@@ -117,10 +117,10 @@ class FAB(Attack):
         return torch.cat([self._combine(*part, threat) for part in parts]).view_as(point)
 
     def _combine(self, here: Tensor, start: Tensor, w: Tensor, gap: Tensor, threat: Threat) -> Tensor:
-        gaps = torch.stack([gap, gap + ((start - here) * w).sum(1)])
+        gaps = torch.stack([gap, gap + torch.linalg.vecdot(start - here, w)])
         both = torch.stack([here, start])
         steps = step_onto(both, w, gaps, threat.norm, threat.low, threat.high)
-        lengths = torch.linalg.vector_norm(steps, ord=_ORDER[threat.norm], dim=2, keepdim=True).clamp_(min=_SHORTEST)
+        lengths = threat.length(steps).unsqueeze(2).clamp_(min=_SHORTEST)
         alpha = (lengths[0] / (lengths[0] + lengths[1])).clamp_(max=self.alpha_max)
         reached = both.add_(steps, alpha=self.eta)
         return reached[0].lerp_(reached[1], alpha).clamp_(threat.low, threat.high)
@@ -155,7 +155,8 @@ class _Plane:
         return _Plane(self.gap[mask], self.slope[mask], self.wrong[mask])
 
     def seen_from(self, point: Tensor, before: Tensor) -> "_Plane":
-        return _Plane(self.gap + ((point - before) * self.slope).flatten(1).sum(1), self.slope, self.wrong)
+        moved = torch.linalg.vecdot((point - before).flatten(1), self.slope.flatten(1))
+        return _Plane(self.gap + moved, self.slope, self.wrong)
 
 
 @dataclass
@@ -250,7 +251,7 @@ def _scattered(x: Tensor, threat: Threat, rng: Generator) -> Tensor:
         noise = 2 * torch.rand(x.shape, generator=rng, device=x.device, dtype=x.dtype) - 1
     else:
         noise = torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
-    size = torch.linalg.vector_norm(noise.flatten(1), ord=_ORDER[threat.norm], dim=1).clamp(min=_TINY)
+    size = threat.length(noise.flatten(1)).clamp(min=_TINY)
     return (x + threat.eps / 2 * noise / _wide(size, x)).clamp(threat.low, threat.high)
 
 

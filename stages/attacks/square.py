@@ -64,7 +64,7 @@ def _squares(logits: Logits, x: Tensor, y: Tensor, threat: Threat, sides: list[i
     for side in sides:
         if len(rows) == 0:
             break
-        at, raised = (drawn[rows] for drawn in _draw(x, side, rng))
+        at, raised = _draw(x, rows, side, rng)
         before = best.gather(1, at)
         painted = torch.where(raised, up.gather(1, at), down.gather(1, at))
         best.scatter_(1, at, painted)
@@ -116,13 +116,16 @@ def _stripes(x: Tensor, threat: Threat, rng: Generator) -> Tensor:
     return threat.project(x + threat.eps * _bumps.signs((batch, channels, 1, width), x, rng), x)
 
 
-def _draw(x: Tensor, side: int, rng: Generator) -> tuple[Tensor, Tensor]:
-    """One square per example, as places in its pixels [B, C side side], and where it goes up, bool, equally shaped."""
+def _draw(x: Tensor, rows: Tensor, side: int, rng: Generator) -> tuple[Tensor, Tensor]:
+    """One square for each of `rows`: places in its pixels [M, C side side], and where it goes up, bool, equally shaped.
+
+    Numbers are drawn for all of x.
+    """
     batch, channels, height, width = x.shape
     top, left = _bumps.corners(x, side, rng)
-    raised = torch.randint(0, 2, (batch, channels, 1), generator=rng, device=x.device) > 0
+    raised = torch.randint(0, 2, (batch, channels, 1), generator=rng, device=x.device)[rows] > 0
     span = torch.arange(side, device=x.device)
     planes = torch.arange(channels, device=x.device).view(-1, 1, 1) * (height * width)
     offsets = (planes + span.view(-1, 1) * width + span).flatten()
-    at = (top * width + left).unsqueeze(1) + offsets
-    return at, raised.expand(batch, channels, side * side).reshape(batch, -1)
+    at = (top * width + left)[rows].unsqueeze(1) + offsets
+    return at, raised.expand(-1, -1, side * side).reshape(len(rows), -1)

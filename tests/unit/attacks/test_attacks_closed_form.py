@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stages.attacks._ascent import Hill, Path
+from stages.attacks._ascent import Ball, Hill, Path
 from stages.attacks.apgd import APGD
 from stages.attacks.base import Attack
 from stages.attacks.fgsm import FGSM
@@ -92,7 +92,8 @@ def test_apgd_halves_a_step_by_either_rule_and_goes_back_to_the_best_point() -> 
     """Four examples after a window of 10 steps, best loss 1 at the last checkpoint; the rules of algorithm 1."""
     ones = torch.ones(4)
     hill = Hill(lambda x: x, torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64), "ce")
-    path = Path.begin(hill, torch.zeros(4, 1), ones, torch.zeros(4, 1), 8.0)
+    ball = Ball.around(hill.x, Threat(norm="linf", eps=4.0))
+    path = Path.begin(hill, ball, torch.zeros(4, 1), ones, torch.zeros(4, 1))
     path.point, path.best = torch.full((4, 1), 5.0), torch.full((4, 1), 7.0)
     path.rises = torch.tensor([8, 7, 8, 8])
     path.best_loss = torch.tensor([2.0, 2.0, 1.0, 1.0])

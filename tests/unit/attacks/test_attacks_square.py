@@ -85,7 +85,7 @@ def test_linf_proposals_lie_on_the_surface_and_change_one_square() -> None:
     up, down = LINF.project(x + 0.1, x), LINF.project(x - 0.1, x)
     seen = torch.zeros(9, 7, dtype=torch.bool)
     for seed in range(40):
-        at, raised = _draw(x, 3, generator(seed))
+        at, raised = _draw(x, torch.arange(len(x)), 3, generator(seed))
         painted = torch.where(raised, up.flatten(1).gather(1, at), down.flatten(1).gather(1, at))
         moved = start.flatten(1).scatter(1, at, painted).view_as(x)
         changed = (moved != start).any(1)
