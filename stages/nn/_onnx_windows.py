@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stages.nn import brisk
+
 Attributes = Mapping[str, Any]
 Pairs = list[tuple[int, int]]
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
@@ -24,10 +26,12 @@ _AVERAGE = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
 
 def conv(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    window = _Window(a, weight.shape[2:], x.shape[2:])
+    window, groups = _Window(a, weight.shape[2:], x.shape[2:]), a.get("group", 1)
     run: Callable[..., Tensor] = _CONV[window.sides - 1]
-    x, pads = (x, window.symmetric) if window.symmetric is not None else (window.padded(x), 0)
-    return run(x, weight, bias, window.strides, pads, window.dilations, a.get("group", 1))
+    x, pads = (x, window.symmetric) if window.symmetric is not None else (window.padded(x), [0] * window.sides)
+    if run is F.conv2d and groups == 1 and set(window.dilations) == {1}:
+        return brisk.conv2d(x, weight, bias, tuple(window.strides), tuple(pads))
+    return run(x, weight, bias, window.strides, pads, window.dilations, groups)
 
 
 def conv_transpose(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
