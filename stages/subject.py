@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from stages.method import InputError
 from stages.nn.imported import LOGITS, imported
 from stages.oracle import Logits
 from stages.seeding import generator
-from stages.shipped import Shipped
+from stages.shipped import Relay, Shipped
 from targets.runtime.errors import BundleError
 from targets.runtime.ort import OrtEngine
 
@@ -50,12 +51,19 @@ class Subject:
     @property
     def through(self) -> Logits:
         """Values of the file, gradients of its twin; the file alone where there is none."""
-        return self.file if self.twin is None else Shipped(lambda x: self.file(torch.from_numpy(x)).numpy(), self.twin)
+        return self.file if self.twin is None else Shipped(self._answers, self.twin)
 
     @property
     def attacked(self) -> Logits:
-        """What attacks ask: the twin, which is quicker, where it is the file to rounding."""
-        return self.twin if self.twin is not None and not self.twin.twin.rounds else self.through
+        """What attacks ask: for gradients the twin, where it is the file to rounding; for answers what is quicker."""
+        if self.twin is None or self.twin.twin.rounds:
+            return self.through
+        # A file that ends in a softmax answers with something else, and one with a fixed batch slowly.
+        return self.twin if self.twin.twin.softmax or self.file.exact else Relay(self._answers, self.twin)
+
+    def _answers(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        found: npt.NDArray[np.float32] = self.file(torch.from_numpy(images)).numpy()
+        return found
 
 
 def opened(path: Path, x: Tensor, form: Form, threads: int) -> Subject:

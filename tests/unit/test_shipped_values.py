@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.attacks.fgsm import FGSM
-from stages.shipped import Shipped, survivors
+from stages.shipped import Relay, Shipped, survivors
 from stages.threat import Threat
 
 LINF = Threat(norm="linf", eps=0.1)
@@ -36,6 +36,18 @@ def test_values_are_the_engines_to_the_last_bit_and_gradients_the_twins() -> Non
     assert torch.equal(z, shipped(x))
     (slope,) = torch.autograd.grad(z[:, 0].sum(), point)
     assert torch.equal(slope.flatten(1)[:, 0], torch.full((300,), 1000 / 7))
+
+
+def test_a_relay_asks_the_engine_unless_a_gradient_is_wanted() -> None:
+    x = torch.rand(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    relay, answers = Relay(engine, Scaled(3.0)), torch.from_numpy(engine(x.numpy()))
+    point = x.clone().requires_grad_()
+    assert torch.equal(relay(x), answers)
+    with torch.no_grad():
+        assert torch.equal(relay(point), answers)
+    z = relay(point)
+    assert torch.equal(z, Scaled(3.0)(x))
+    assert torch.equal(torch.autograd.grad(z[:, 1].sum(), point)[0].flatten(1)[:, 1], torch.full((5,), 3.0))
 
 
 def test_a_gradient_attack_breaks_exactly_what_lies_within_reach() -> None:
