@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.bounds.crown import Crown
 from stages.bounds.crown_forward import CrownForward
-from stages.bounds.ibp import IBP
+from stages.bounds.crown_ibp import CrownIBP
 from stages.method import InputError
 from stages.nn._atomic import write
 from stages.seeding import generator
@@ -95,7 +95,7 @@ class Trial:
     def _prove(self) -> Array | None:
         """Refutes what bounds can refute; returns a witness where the search inside boxes met one."""
         try:
-            for certifier in (IBP(), Crown()):
+            for certifier in (CrownIBP(), Crown()):
                 if len(self.still) and self.clock.left() > 0:
                     self.still = prove.on_regions(self.model.net, self.cases, self.still, certifier, self.clock)
                     self.say(f"{certifier.kind}: {len(self.still)} of {len(self.cases.bounds)} cases are open")

@@ -1,0 +1,88 @@
+"""Networks in the competition's shapes, seen as numbers in a row; and verdicts on them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from onnx import helper
+
+from stages.bounds.base import Box
+from stages.bounds.crown import Crown
+from stages.method import InputError
+from stages.verification.model import Model
+from tests.specs import layers, mlp, saved
+
+RNG = np.random.default_rng(0)
+
+
+def conv_net(path: Path) -> Path:
+    """NHWC in, normalised, a residual block, a sigmoid, a head."""
+
+    def weight(*shape: int) -> Any:
+        return RNG.normal(0, 0.4, shape).astype(np.float32)
+
+    arrays = {
+        "mean": np.full((1, 1, 1, 2), 0.3, np.float32),
+        "std": np.full((1, 1, 1, 2), 0.2, np.float32),
+        "w1": weight(4, 2, 3, 3),
+        "b1": weight(4),
+        "w2": weight(4, 4, 3, 3),
+        "head": weight(36, 3),
+    }
+    nodes = [
+        helper.make_node("Sub", ["input", "mean"], ["centred"]),
+        helper.make_node("Div", ["centred", "std"], ["normal"]),
+        helper.make_node("Transpose", ["normal"], ["nchw"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["nchw", "w1", "b1"], ["c1"], strides=[2, 2], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c1"], ["r1"]),
+        helper.make_node("Conv", ["r1", "w2"], ["c2"], pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["r1", "c2"], ["sum"]),
+        helper.make_node("Sigmoid", ["sum"], ["s"]),
+        helper.make_node("Flatten", ["s"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "head"], ["y"]),
+    ]
+    return saved(path, nodes, (1, 5, 5, 2), "y", (1, 3), arrays)
+
+
+@pytest.mark.parametrize("kind", ["column", "acas", "conv"])
+def test_a_row_of_numbers_is_what_onnxruntime_sees_and_bounds_hold(kind: str, tmp_path: Path) -> None:
+    path, count = tmp_path / "net.onnx", {"column": 12, "acas": 5, "conv": 50}[kind]
+    if kind == "conv":
+        conv_net(path)
+    else:
+        shape = (1, 12, 1) if kind == "column" else (1, 1, 1, 5)
+        mlp(path, layers([count, 8, 3], 1), shape, [("Sub", {}, np.full(shape, 0.1, np.float32))])
+    model = Model(path, count)
+    assert model.classes == 3
+    rng = torch.Generator().manual_seed(0)
+    low = torch.rand(2, count, generator=rng) * 2 - 1
+    high = low + 0.1
+    points = low + torch.rand(40, 2, count, generator=rng) * (high - low)
+    assert model.disagreement(points.flatten(0, 1)) < 1e-5
+    rows = torch.eye(3, dtype=torch.float64).expand(2, -1, -1)
+    with torch.no_grad():
+        bound = Crown().lower(model.net, Box(low, high), rows)
+        reached = model.net(points.flatten(0, 1)).view(40, 2, 3).amin(0).double()
+    assert (bound <= reached).all()
+
+
+def test_the_specification_settles_one_open_size(tmp_path: Path) -> None:
+    path = mlp(tmp_path / "net.onnx", layers([6, 4, 2], 1), ("batch", "length", 3))
+    assert Model(path, 6).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "inputs", "message"),
+    [
+        ((1, 6), 5, r"shape \[1, 6\], the specification names 5 inputs X_0 to X_4"),
+        (("n", "a", "b"), 6, "expected as many as one image has numbers"),
+        ((6,), 6, "expected a batch of one, or an open one, in front"),
+        ((3, 2), 6, "expected a batch of one"),
+    ],
+)
+def test_what_does_not_fit_is_refused(shape: tuple[int | str, ...], inputs: int, message: str, tmp_path: Path) -> None:
+    nodes = [helper.make_node("Identity", ["input"], ["y"])]
+    with pytest.raises(InputError, match=message):
+        Model(saved(tmp_path / "net.onnx", nodes, shape, "y", shape, {}), inputs)
