@@ -2,9 +2,10 @@
 
     q = clip(round(x / s) + z, lo, hi),   x' = s (q - z)
 
-Rounding is half to even, as the standard and onnxruntime have it. Its derivative is taken for 1, so dq/dx = 1/s within
-the clipping range, ends included, and 0 outside it (Bengio et al. 2013, the straight-through estimator; Jacob et al.
-2018). Written as two functions with a backward pass of their own: left to autograd, a quantised network keeps about ten
+Rounding is half to even, as the standard and onnxruntime have it. Its derivative is taken for 1, so dq/dx = 1/s where
+round(x / s) + z lies in [lo, hi], ends included, and 0 elsewhere (Bengio et al. 2013, the straight-through estimator;
+Jacob et al. 2018). That x / s itself may lie up to half a step outside matters: calibration seldom hits the least value
+of the data, background pixels would have no gradient, and an attack would leave them where they are. Written as two functions with a backward pass of their own: left to autograd, a quantised network keeps about ten
 times its activations, and attacks spend most of their time in element-wise passes over them.
 """
 
@@ -30,11 +31,10 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
-        steps = x / scale
-        # Clipping before rounding gives the same codes, because the limits are whole.
+        steps = (x / scale).round_()
         codes = steps.clamp(low - zero, high - zero)
         ctx.save_for_backward(codes != steps, scale)
-        return codes.round_().add_(zero)
+        return codes.add_(zero)
 
     @staticmethod
     @once_differentiable

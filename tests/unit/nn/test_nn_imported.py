@@ -76,8 +76,16 @@ def test_quantisation_rounds_half_to_even_and_its_gradient_is_one_inside(zero: f
     expected = (torch.round(x.detach() / scale) + zero).clamp(low, high)
     assert torch.equal(q.detach(), expected)
     (gradient,) = torch.autograd.grad(_fake_quant.dequantize(q, scale, torch.tensor(zero)).sum(), x)
-    inside = ((x / scale + zero) >= low) & ((x / scale + zero) <= high)
-    assert torch.equal(gradient, inside.float())
+    code = torch.round(x.detach() / scale) + zero
+    assert torch.equal(gradient, ((code >= low) & (code <= high)).float())
+
+
+def test_pixels_less_than_half_a_step_outside_the_calibrated_range_keep_their_gradient() -> None:
+    """As the least pixel value does wherever calibration rounds its zero point; without it attacks leave it alone."""
+    x = torch.tensor([-0.6, -0.4, -0.001, 0.0, 254.999, 255.4, 255.6], requires_grad=True)
+    q = _fake_quant.quantize(x, torch.tensor(1.0), torch.tensor(0.0), 0, 255)
+    (gradient,) = torch.autograd.grad(q.sum(), x)
+    assert gradient.tolist() == [0, 1, 1, 1, 1, 1, 0]
 
 
 def test_nothing_in_a_twin_trains_and_it_travels_on_shapes_alone(tmp_path: Path) -> None:
