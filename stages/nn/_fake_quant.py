@@ -5,8 +5,10 @@
 Rounding is half to even, as the standard and onnxruntime have it. Its derivative is taken for 1, so dq/dx = 1/s where
 round(x / s) + z lies in [lo, hi], ends included, and 0 elsewhere (Bengio et al. 2013, the straight-through estimator;
 Jacob et al. 2018). That x / s itself may lie up to half a step outside matters: calibration seldom hits the least value
-of the data, background pixels would have no gradient, and an attack would leave them where they are. Written as two functions with a backward pass of their own: left to autograd, a quantised network keeps about ten
-times its activations, and attacks spend most of their time in element-wise passes over them.
+of the data, background pixels would have no gradient, and an attack would leave them where they are.
+
+Written as two functions with a backward pass of their own: left to autograd, a quantised network keeps about ten times
+its activations, and attacks spend most of their time in element-wise passes over them.
 """
 
 from typing import Any
