@@ -19,14 +19,17 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator
 
+from pipeline.core.gate import Budget
 from pipeline.core.measurement import exact
 from pipeline.core.stage import Context, Files, Result
 from stages import detection, evidence, packing, remeasure
 from stages.attachment import TABLE, Attachment
 from stages.attacks.base import FOLDER as ATTACKS
 from stages.attacks.base import QUICK, AttackSet
+from stages.bounds.base import AnyCertifier
+from stages.certify_file import CERTIFIED, certify_file
 from stages.detectors.base import FOLDER as DETECTORS
-from stages.evaluate import frozen
+from stages.evaluate import OnStep, frozen
 from stages.lowering import calibration, check_export, lower
 from stages.method import Value
 from stages.nn import checkpoint
@@ -54,8 +57,11 @@ class Config(Value):
 
     `machine` is the device's kind of processor where it is not this machine: then speed is owed and not measured here.
     `attacks` go through the file (gradients through its torch twin), on the test images together with those of validate
-    that are not among them, so that file and float network stand up to the same. `calibration` images, half of them
-    attacked, fix the ranges of int8. `holdout_samples` bounds the images on which attempts are judged.
+    that are not among them, so that file and float network stand up to the same. `certify` proves the file itself, on
+    the same images; "quantised" covers int8, and is what a limit on `accuracy.certified.shipped.test` brings in. For
+    TensorRT the proof is of the graph as onnxruntime runs it, not of the engine that the device builds. `calibration`
+    images, half of them attacked, fix the ranges of int8. `holdout_samples` bounds the images on which attempts are
+    judged.
     """
 
     precision: str = "fp32"
@@ -65,6 +71,7 @@ class Config(Value):
     machine: str | None = None
     exporter: Literal["dynamo", "legacy"] = "dynamo"
     attacks: AttackSet = Field(default=QUICK, min_length=1, validate_default=True)
+    certify: tuple[AnyCertifier, ...] = ()
     calibration: int = Field(default=256, ge=8)
     holdout_samples: int = Field(default=256, ge=1)
     runs: int = Field(default=200, ge=20)
@@ -94,7 +101,15 @@ def measures(config: Config, task: Mapping[str, Any]) -> frozenset[str]:
     names = {f"accuracy.{what}.shipped.{part}" for what in ("clean", "robust") for part in ("holdout", "test")}
     names |= {"parity.logits", "parity.top1", "size.model", "size.bundle"}
     names |= {"memory.peak"} if config.runtime == "onnxruntime" else set()
-    return frozenset(names | ({"latency.p50", "latency.p95"} if config.measures_speed else set()) | WITH_DETECTOR)
+    names |= {"latency.p50", "latency.p95"} if config.measures_speed else set()
+    names |= {CERTIFIED} if config.certify else set()
+    return frozenset(names | WITH_DETECTOR)
+
+
+def obeying(table: Mapping[str, Any], limits: Budget) -> Mapping[str, Any]:
+    """A limit on the file's certified accuracy asks for a certifier that covers int8 too, unless others are named."""
+    demanded = any(limit.metric == CERTIFIED for limit in limits)
+    return {"certify": ["quantised"], **table} if demanded else table
 
 
 def run(files: Files, config: Config, ctx: Context) -> Result:
@@ -111,7 +126,8 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
         images = calibration(net, splits, threat, config.calibration, ctx.seed)
         attached = _attachment(files, splits, config, ctx)
         lowered = lower(plain, config.precisions, config.precision, images, ctx.scratch, _noting(ctx), attached)
-        shipped = Shipped(OrtEngine(lowered.network, config.threads), imported(lowered.network))
+        twin = imported(lowered.network)
+        shipped = Shipped(OrtEngine(lowered.network, config.threads), twin)
         ctx.emit("progress", {"label": "attack the file", "done": 2, "total": 4})
         held = sample(splits.holdout, config.holdout_samples)
         with_held = remeasure.on_holdout(shipped, net, held, config.attacks, threat, ctx.seed, ctx.emit)
@@ -133,6 +149,21 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
                 ctx,
             )
             findings = (*findings, *(f"{found.name}: {found.text}" for found in guarded.findings if not found.ok))
+        certified = None
+        if config.certify:
+            certified = certify_file(
+                lowered.network,
+                twin.eval(),
+                shipped,
+                with_test.split,
+                with_test.alive,
+                threat,
+                config.certify,
+                _counting(ctx, "certify the file"),
+            )
+            findings = (*findings, *certified.findings)
+            for note in certified.notes:
+                ctx.emit("note", {"text": note})
         parity = remeasure.parity(net, shipped, splits.holdout, config.holdout_samples)
     ctx.emit("progress", {"label": "measure speed and size", "done": 3, "total": 4})
     strength = evidence.strength(with_test.attacks)
@@ -146,6 +177,8 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
         strength,
         None if attached is None else attached.contract(lowered.network),
     )
+    if certified is not None:
+        contract["certified"] = certified.contract
     bundle = packing.write(ctx.scratch / "bundle", plain, lowered, contract, splits)
     runs = bundle[contract["model"]]
     sizes = (
@@ -162,6 +195,8 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
     outcomes = with_held.outcomes | with_test.outcomes
     if guarded is not None:
         measured, outcomes = measured + guarded.measurements, outcomes | guarded.outcomes
+    if certified is not None:
+        measured, outcomes = measured + certified.measurements, outcomes | certified.outcomes
     kept = {name: path for name, path in files.items() if name.startswith(_FIGURES)}
     return Result(
         files={**kept, **{f"bundle/{name}": path for name, path in bundle.items()}},
@@ -180,6 +215,10 @@ def _attachment(files: Files, splits: Splits, config: Config, ctx: Context) -> A
         return lambda x: torch.from_numpy(engine(x.numpy()))
 
     return Attachment(files, splits.holdout.floats(), len(splits.classes), logits, _noting(ctx))
+
+
+def _counting(ctx: Context, label: str) -> OnStep:
+    return lambda done, total: ctx.emit("progress", {"label": label, "done": done, "total": total})
 
 
 def _noting(ctx: Context) -> Callable[[str], None]:

@@ -31,7 +31,7 @@ from stages.striking import Striker, kinds
 from stages.task import Task
 from stages.trial import Proved, prove
 
-ROBUST = "accuracy.robust.test"
+ROBUST, CERTIFIED = "accuracy.robust.test", "accuracy.certified.test"
 LIBRARIES = ("torch", "numpy", "safetensors", "pydantic", "pillow")
 
 
@@ -85,12 +85,15 @@ def measures(config: Config, task: Mapping[str, Any]) -> frozenset[str]:
         )
     elif config.detector is not None:
         raise InputError("early: a detector asks for every image under every attack; drop one of the two")
-    names |= {"accuracy.certified.test"} if config.certify else set()
+    names |= {CERTIFIED} if config.certify else set()
     return frozenset(names | (detection.names("test") if config.detector is not None else set()))
 
 
 def obeying(table: Mapping[str, Any], limits: Budget) -> Mapping[str, Any]:
-    """An early verdict is that on the gate's own limit; several demands on the number leave none to wait for."""
+    """A demand for proofs brings CROWN in, unless certifiers are named. An early verdict is that on the gate's own
+    limit; several demands on the number leave none to wait for."""
+    if any(limit.metric == CERTIFIED for limit in limits):
+        table = {"certify": ["ibp", "crown"], **table}
     held = [limit for limit in limits if limit.metric == ROBUST]
     if table.get("early") is None or any(limit.at_most is not None or limit.max_loss is not None for limit in held):
         return table
@@ -236,7 +239,7 @@ def _measure(
         hits[ROBUST] = struck.alive
         hits |= {f"accuracy.robust.{name}.test": hit.survived for name, hit in struck.hits.items()}
     if proved.leads:
-        hits["accuracy.certified.test"] = torch.stack(list(proved.certified(scene.right).values())).any(0)
+        hits[CERTIFIED] = torch.stack(list(proved.certified(scene.right).values())).any(0)
     measured: list[Measurement] = []
     outcomes: dict[str, Outcomes] = {}
     for name, right in hits.items():

@@ -109,7 +109,12 @@ def meaning(
             "Certified accuracy",
             "the share for which a sound bound proves that no change within the threat alters the answer. It is a "
             "lower bound on what any attack could leave of the float network, whose true robust accuracy lies between "
-            "its certified and its measured one; a file lowered to int8 or float16 is another network, and not covered."
+            "its certified and its measured one; a file lowered to int8 or float16 is another network, "
+            + (
+                "for which its own certified accuracy was measured."
+                if "accuracy.certified.shipped.test" in latest
+                else "and not covered."
+            )
             + ("" if "accuracy.certified.test" in latest else " It was not measured in this run."),
         ),
         (

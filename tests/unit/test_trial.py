@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from stages.attacks.apgd import APGD
 from stages.attacks.pgd import PGD
+from stages.bounds.crown_ibp import CrownIBP
 from stages.bounds.ibp import IBP
 from stages.evaluate import OnStep, correct, frozen
 from stages.seeding import generator
@@ -48,6 +49,31 @@ def test_leads_are_bounds_of_every_class_and_margins_the_least_of_them() -> None
         open_classes = found.unproved.sum(1)
         assert len(set(open_classes.tolist())) > 4
         assert int((open_classes == 0).sum()) > 60
+
+
+def test_a_dearer_certifier_is_asked_about_what_the_cheaper_one_left_open() -> None:
+    net, (x, y) = digits_model(recipe="at").net, images(60)
+    steps: dict[str, list[int]] = {"ibp": [], "crown_ibp": []}
+    with frozen(net):
+        both = prove(
+            net,
+            x,
+            y,
+            10,
+            SMALL,
+            {"ibp": IBP(), "crown_ibp": CrownIBP()},
+            lambda name: lambda _done, total: steps[name].append(total),
+        )
+        alone = CrownIBP().margins(net, x, y, SMALL)
+    proved = both.margins["ibp"] > 0
+    assert 0 < int(proved.sum()) < 60
+    assert steps == {"ibp": [60], "crown_ibp": [60 - int(proved.sum())]}
+    assert torch.equal(both.margins["crown_ibp"][~proved], alone[~proved])
+    assert bool((both.margins["crown_ibp"][proved] == float("-inf")).all())
+    right = torch.ones(60, dtype=torch.bool)
+    together = torch.stack(list(both.certified(right).values())).any(0)
+    assert torch.equal(together, proved | (alone > 0))
+    assert int(together.sum()) > int(proved.sum())
 
 
 def test_a_network_without_a_rule_is_proved_nowhere_and_nothing_is_spared() -> None:

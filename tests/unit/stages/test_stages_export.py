@@ -35,8 +35,8 @@ QUICK: dict[str, Any] = {
 }
 INT8 = {"precision": "int8", "precisions": {"int8": ["fold_constants", "qdq_int8_cpu", "ort_format"], "fp32": []}}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "fp32": QUICK,
-    "int8": {**QUICK, **INT8},
+    "fp32": {**QUICK, "certify": ["crown_ibp"]},
+    "int8": {**QUICK, **INT8, "certify": ["quantised"]},
     "board": {**QUICK, **INT8, "machine": "riscv64"},
     "tensorrt": {
         **QUICK,
@@ -130,6 +130,22 @@ def test_the_files_and_their_sizes(
     found = numbers(made[name])
     assert found["size.model"] == files[f"bundle/{model}"].stat().st_size
     assert found["size.bundle"] == sum(files[f"bundle/{file}"].stat().st_size for file in bundle)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("fp32", "crown_ibp"), ("int8", "quantised"), ("board", None)])
+def test_the_contract_says_what_was_proved_of_which_file(
+    made: dict[str, Result], validated: Files, name: str, kind: str | None
+) -> None:
+    contract = json.loads(made[name].files["bundle/contract.json"].read_bytes())
+    if kind is None:
+        assert "certified" not in contract
+        return
+    told = contract["certified"]
+    assert told["sha256"] == digests(made[name].files)[f"bundle/{contract['model']}"]
+    assert list(told["certifiers"]) == [kind]
+    assert told["threat"]["eps"] == contract["threat"]["eps"]
+    assert told["images"] == 60
+    assert told["proved"] == numbers(made[name])["accuracy.certified.shipped.test"] * 60
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,0 +1,83 @@
+"""Certified accuracy of the file that ships, and what exactly was proved of it."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.core.measurement import Measurement
+from pipeline.core.record import Outcomes
+from stages.bounds.base import Certifier
+from stages.data.base import Split
+from stages.evaluate import OnStep, outputs
+from stages.measure import accuracy
+from stages.nn.imported import Twin
+from stages.shipped import Shipped
+from stages.threat import Threat
+from stages.trial import prove
+
+CERTIFIED = "accuracy.certified.shipped.test"
+_INT8 = "the int8 graph, in any order of sums and however kernels fuse its nodes, as onnxruntime runs it"
+_FLOAT = (
+    "the float32 graph, in any order of sums, each logit within twice the largest difference seen between it and "
+    "onnxruntime (measured, not proved)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Certified:
+    """The share that is proved, one bit per image; for the manifest what was proved; findings that refuse the file."""
+
+    measurements: tuple[Measurement, ...]
+    outcomes: dict[str, Outcomes]
+    contract: dict[str, Any]
+    findings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def certify_file(
+    network: bytes,
+    twin: Twin,
+    shipped: Shipped,
+    split: Split,
+    alive: Tensor,
+    threat: Threat,
+    certifiers: Sequence[Certifier],
+    on_step: OnStep,
+) -> Certified:
+    """Every image of the split, by each certifier in turn; an image counts that one of them proves.
+
+    `twin` is the file as imported, `alive` bool [N] what stood up to all attacks on it: a proof that an attack broke is
+    no proof, and refuses. Of a graph that rounds only certifiers that cover rounding prove anything.
+    """
+    x, y = split.floats(), split.labels
+    answers = outputs(shipped, x)
+    right = answers.argmax(1) == y
+    gap = 0.0 if twin.rounds else float((answers - outputs(twin, x)).abs().max())
+    able = {certifier.kind: certifier for certifier in certifiers if certifier.covers_rounding or not twin.rounds}
+    notes = [
+        f'{certifier.kind} proves nothing about a file that rounds; "quantised" covers rounding'
+        for certifier in certifiers
+        if certifier.kind not in able
+    ]
+    found = prove(twin, x, y, answers.shape[1], threat, able, lambda _: on_step)
+    notes += [finding.text for finding in found.findings]
+    hits = torch.zeros_like(right)
+    for margins in found.margins.values():
+        hits |= right & (margins > 2 * gap)
+    broken = int((hits & ~alive).sum())
+    number, outcomes = accuracy(CERTIFIED, hits, split.indices)
+    told = {
+        "sha256": hashlib.sha256(network).hexdigest(),
+        "covers": _INT8 if twin.rounds else _FLOAT,
+        "threat": threat.dump(),
+        "certifiers": {name: certifier.dump() for name, certifier in able.items()},
+        "images": len(x),
+        "proved": int(hits.sum()),
+        "slack": 2 * gap,
+    }
+    text = f"{broken} of {int(hits.sum())} images proved for the file were broken on it; must be none"
+    return Certified((number,), outcomes, told, (text,) if broken else (), tuple(notes))
