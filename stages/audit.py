@@ -23,7 +23,7 @@ from stages.attacks.square import Square
 from stages.bounds.base import FOLDER as BOUNDS
 from stages.bounds.base import Certifier
 from stages.data.base import Split
-from stages.doubts import findings
+from stages.doubts import findings, gridded
 from stages.early import Demand
 from stages.exhibits import Images, images
 from stages.finding import Finding
@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     step = ledger.progress(strength)
     verdicts = judge(subject, shown.x, shown.y, shown.indices, plan, _ready(subject, shown, args.seed), step)
     found = tuple(findings(subject, verdicts, *shown.examined, derive(args.seed, "findings"), step("validity")))
+    if args.grid:
+        found = (*found, gridded(verdicts.scene, verdicts.struck))
     seconds = time.perf_counter() - start
     print(ledger.closing(told, verdicts, found, seconds))
     if args.json is not None:

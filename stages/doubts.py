@@ -78,6 +78,18 @@ def _rechecked(scene: Scene, struck: Struck) -> Finding:
     return Finding("rechecked", held == len(rows), f"{text}; must be all")
 
 
+def gridded(scene: Scene, struck: Struck) -> Finding:
+    """What an 8-bit image file can hold of the stored inputs, asked again; it informs, and refuses nothing."""
+    rows = torch.tensor([name is not None for name in struck.stored]).nonzero().flatten()
+    held = 0
+    if len(rows):
+        x, y = scene.x[rows], scene.y[rows]
+        rounded = evidence.on_grid(struck.x_adv[rows], x, scene.threat)
+        held = int(evidence.recheck(scene.net, x, rounded, y, scene.threat).holds.sum())
+    text = f"{held} of {len(rows)} stored inputs still fool the file when rounded to what an 8-bit image can hold"
+    return Finding("on_grid", True, f"{text}, within the ball")
+
+
 def _sound(subject: Subject, verdicts: Verdicts, seed: int) -> Iterator[Finding]:
     """Proofs put to the test: what was attacked in spite of one, and shortly a twentieth of the others, at least 50."""
     scene, proved, struck = verdicts.scene, verdicts.proved, verdicts.struck

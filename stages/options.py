@@ -56,6 +56,7 @@ def audit_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--no-shortcuts", dest="shortcuts", action="store_false", help="attack what is proved too; must agree"
     )
+    how.add_argument("--grid", action="store_true", help="ask again with adversarial inputs rounded to 8-bit images")
     how.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     how.add_argument("--threads", type=_count, metavar="N", help="threads for computing (all cores)")
     form = parser.add_argument_group("what the file wants")

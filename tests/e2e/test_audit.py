@@ -208,6 +208,21 @@ def test_the_smallest_and_the_largest_eps(eps: str, note: str, audit: Audit, tmp
         assert data["robust"]["value"] == data["certified"]["value"] == 0
 
 
+def test_the_8_bit_grid_on_request(audit: Audit, tmp_path: Path) -> None:
+    """Images of 17 grey levels lie on the grid; at eps 0.03 = 7.65/255 rounding leaves room to fool the file."""
+    test = Digits().read(Path()).test
+    np.savez(tmp_path / "own.npz", images=test.images[:40].numpy(), labels=test.labels[:40].numpy())
+    given = (file(tmp_path / "m.onnx"), "--data", "own.npz", *DIGITS[2:], "--attack", "pgd", "--certify", "none")
+    status, said, _ = audit(*given, "--grid", "--json", tmp_path / "o.json")
+    assert status == 0
+    data = json.loads((tmp_path / "o.json").read_text())
+    (found,) = (finding for finding in data["findings"] if finding["name"] == "on_grid")
+    held, total = (int(word) for word in re.findall(r"^(\d+) of (\d+)", found["text"])[0])
+    assert 0 < held <= total == sum(attack["broke"] for attack in data["attacks"])
+    assert "still fool the file when rounded" in said
+    assert "on_grid" not in audit(*given)[1]
+
+
 @pytest.mark.parametrize("at_least", ["0.2", "0.99"])
 def test_an_early_verdict_is_the_full_one_and_leaves_images_open(at_least: str, audit: Audit, tmp_path: Path) -> None:
     given = (file(tmp_path / "m.onnx"), *DIGITS, "--attack", "apgd,square", "--at-least", at_least)
