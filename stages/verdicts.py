@@ -155,7 +155,7 @@ class _Ring:
         for row in broken.tolist():
             self.stored[row] = name
         self.alive &= found.survived
-        self.hits[name] = joined(self.hits[name], replace(found, x_adv=self.best))
+        self.hits[name] = replace(joined(self.hits[name], found), x_adv=self.best)
         self.twin_only[name] += missed
         self.seconds[name] += time.perf_counter() - start
         return found.survived
