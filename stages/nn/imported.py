@@ -118,6 +118,44 @@ class Twin(nn.Module):
         self._steps, self._indices = kept
         self.piece = batch
 
+    @torch.no_grad()
+    def settle(self, shape: Sequence[int]) -> None:
+        """Make constants of the shapes that the graph computes for inputs [B, *shape], so that a trace can follow it.
+
+        Where the outputs would not stay the same, everything is left as it was.
+        """
+        x = torch.rand(3, *shape, generator=generator(0, "settle"))
+        kept = self._steps, dict(self._indices)
+        try:
+            before = self._through(x)
+            self._steps = _needed(tuple(self._settled(x)), self._output, {*self._indices, *self._buffers_of})
+            if self.piece is None and _same(before, self._through(x)):
+                return
+        except (RuntimeError, IndexError, KeyError):
+            pass  # an operator found a shape that does not fit
+        self._steps, self._indices = kept
+
+    def _settled(self, x: Tensor) -> Iterator[_Step]:
+        """The steps, every Reshape and Expand to a computed shape with that of one image as its target."""
+        one, many = self._start(x[:1]), self._start(x)
+        for number, step in enumerate(self._steps):
+            found = step
+            if step.operator in ("Reshape", "Expand") and step.inputs[1] not in self._indices:
+                few, more = one[step.inputs[0]].shape, many[step.inputs[0]].shape
+                target = one[step.inputs[1]].tolist()
+                _take(step, one)
+                sizes = (
+                    freed(target, few, more, one[step.outputs[0]].shape, 1) if step.operator == "Reshape" else target
+                )
+                if sizes is not None:
+                    name = f"settled{number}"
+                    self._indices[name] = many[name] = one[name] = torch.tensor(sizes)
+                    found = replace(step, inputs=(step.inputs[0], name), attributes={})
+            else:
+                _take(step, one)
+            _take(found, many)
+            yield found
+
     def _freed(self, x: Tensor, batch: int) -> Iterator[_Step]:
         """The steps, every Reshape with a target that keeps the images apart; walked with few and with many images."""
         small, large = self._start(x[:batch]), self._start(x)
@@ -180,6 +218,22 @@ def _steps(graph: onnx.GraphProto, opset: int) -> tuple[_Step, ...]:
             spent=tuple(_last_uses(node, position, last, keep)),
         )
         for position, node in enumerate(graph.node)
+    )
+
+
+def _needed(steps: Sequence[_Step], output: str, constants: set[str]) -> tuple[_Step, ...]:
+    """The steps that lead to the output, each with what nobody reads after it."""
+    wanted, kept = {output}, list[_Step]()
+    for step in reversed(steps):
+        if wanted.intersection(step.outputs):
+            wanted.update(step.inputs)
+            kept.append(step)
+    kept.reverse()
+    last = {name: position for position, step in enumerate(kept) for name in (*step.inputs, *step.outputs)}
+    keep = {output, "", *constants}
+    return tuple(
+        replace(step, spent=tuple(sorted({name for name in step.inputs if last[name] == position} - keep)))
+        for position, step in enumerate(kept)
     )
 
 

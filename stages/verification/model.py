@@ -62,7 +62,9 @@ class Model:
             raise InputError(f'{path}: input "{entry.name}" is a {entry.type}; expected tensor(float), that is float32')
         self._name = entry.name
         self.shape = _shape(entry.shape, inputs, f'{path}: input "{entry.name}"')
-        self.net: nn.Module = Flat(imported(source, self.shape), self.shape).eval()
+        twin = imported(source, self.shape)
+        twin.settle(self.shape)
+        self.net: nn.Module = Flat(twin, self.shape).eval()
         names = [output.name for output in session.get_outputs()]
         self._output = "logits" if len(names) > 1 and "logits" in names else names[0]
         self.classes = len(self.outputs(np.zeros(inputs, np.float32)))

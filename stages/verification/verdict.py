@@ -103,8 +103,8 @@ class Trial:
                 return None
             free = int((self.cases.high > self.cases.low).any(0).sum())
             return self._split() if free <= _FEW else self._branch()
-        except InputError as error:
-            self.why = str(error)
+        except Exception as error:  # whatever keeps bounds from being formed, the search can go on
+            self.why = str(error) if isinstance(error, InputError) else f"bounds: {type(error).__name__}: {error}"
             self.say(self.why)
             return None
 

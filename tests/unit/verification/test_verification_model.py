@@ -68,6 +68,30 @@ def test_a_row_of_numbers_is_what_onnxruntime_sees_and_bounds_hold(kind: str, tm
     assert (bound <= reached).all()
 
 
+def test_shapes_that_the_graph_computes_become_constants_for_bounds(tmp_path: Path) -> None:
+    """What exporters make of x.view(x.size(0), -1)."""
+    arrays = {
+        "zero": np.array(0, np.int64),
+        "minus": np.array([-1]),
+        "axes": np.array([0]),
+        "w": np.eye(6, 2, dtype=np.float32),
+    }
+    nodes = [
+        helper.make_node("Relu", ["input"], ["r"]),
+        helper.make_node("Shape", ["r"], ["shape"]),
+        helper.make_node("Gather", ["shape", "zero"], ["batch"]),
+        helper.make_node("Unsqueeze", ["batch", "axes"], ["front"]),
+        helper.make_node("Concat", ["front", "minus"], ["target"], axis=0),
+        helper.make_node("Reshape", ["r", "target"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "w"], ["y"]),
+    ]
+    model = Model(saved(tmp_path / "net.onnx", nodes, ("n", 2, 3), "y", ("n", 2), arrays), 6)
+    low = torch.full((4, 6), -1.0)
+    bound = Crown().lower(model.net, Box(low, low + 0.5), torch.eye(2, dtype=torch.float64).expand(4, -1, -1))
+    torch.testing.assert_close(bound, torch.zeros(4, 2, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert model.disagreement(torch.rand(3, 6)) < 1e-6
+
+
 def test_the_specification_settles_one_open_size(tmp_path: Path) -> None:
     path = mlp(tmp_path / "net.onnx", layers([6, 4, 2], 1), ("batch", "length", 3))
     assert Model(path, 6).shape == (2, 3)
