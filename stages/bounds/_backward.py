@@ -56,6 +56,7 @@ class Chain:
         # 2: the entries range over their boxes independently; 1: every end of the box is reached.
         self.sharp: dict[str, int] = {} if box.ball else {self.graph.input: 2}
         self.tight: set[str] = set()
+        self.empty = torch.zeros(self.batch, dtype=torch.bool, device=box.low.device)
         self._counts: set[str] = set()
         self.reads: dict[str, int] = {}
         for op in self.graph.ops:
@@ -92,10 +93,11 @@ class Chain:
         return list(dict.fromkeys(name for name in op.reads() if isinstance(self.values[name], Interval)))
 
     def tighten(self, name: str, low: Tensor, high: Tensor) -> None:
-        """Intersects the box of a value; where rounding crosses the ends, the old ones stay."""
+        """Intersects the box of a value; where nothing is left, the image's set is `empty` and its old ends stay."""
         old = self.values[name]
         low, high = torch.maximum(low, old.low), torch.minimum(high, old.high)
         sane = low <= high
+        self.empty |= self.flat(name, ~sane).any(1)
         self.values[name] = Interval(torch.where(sane, low, old.low), torch.where(sane, high, old.high))
 
     def bound(
@@ -105,12 +107,14 @@ class Chain:
         lower: Mapping[str, Tensor] | None = None,
         push: Mapping[str, Tensor] | None = None,
         boxes: bool = False,
+        watch: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """[R, B] float64: lower bounds of slopes [R, *shape of the value] times the value, summed per example.
 
         `lower` gives slopes in [0, 1] for the lower lines of ReLUs, by result, [1 or R, ...]; `push` gives what to add
         to the coefficients of a value on the way (multipliers of constraints on it). With `boxes` the last non-linear
-        operations on the way are bounded by their boxes, which makes it interval arithmetic with a merged tail.
+        operations on the way are bounded by their boxes, which makes it interval arithmetic with a merged tail. `watch`
+        is filled with the coefficients of the results of non-linear operations and of the image.
         """
         total = self.start(name, slopes)
         waiting: dict[str, Any] = {name: slopes}
@@ -121,12 +125,12 @@ class Chain:
             if here is None:
                 continue
             if op.result in self.fronts:
+                if watch is not None:
+                    watch[op.result] = here[0] if isinstance(here, dict) else here
                 pulled, bias = self.fronts[op.result](here, None if lower is None else lower.get(op.result))
                 total = total + bias
-                for operand in pulled if push else ():
-                    if push is not None and op.result in push:
-                        pulled[operand] = pulled[operand] + push[op.result]
-                        total = total + self.start(operand, push[op.result].expand_as(pulled[operand]))
+                if push is not None and op.result in push:
+                    total = total + self._pushed(op.reads()[0], pulled, push[op.result])
             elif op.kind == "getitem":
                 source = waiting.setdefault(op.reads()[0], {})
                 source[op.args[1]] = source[op.args[1]] + here if op.args[1] in source else here
@@ -137,10 +141,18 @@ class Chain:
                 waiting[operand] = waiting[operand] + part if operand in waiting else part
         if self.graph.input in waiting:
             here = waiting.pop(self.graph.input)
+            if watch is not None:
+                watch[self.graph.input] = here
             total = total + self.ends.least(here, 4 * self.own * self.reads[self.graph.input])
         for operand, here in waiting.items():
             total = total + self._inside(operand, here[0] if isinstance(here, dict) else here)
         return total
+
+    def _pushed(self, name: str, pulled: _linear.Pulled, more: Tensor) -> Tensor:
+        """Adds `more` to the coefficients of a value; [R, B]: its offset and slack, less what the sum may lose."""
+        more = more.expand_as(pulled[name])
+        pulled[name] = pulled[name] + more
+        return self.start(name, more) - 4 * self.own * self.dot(name, pulled[name].abs(), self.values[name].size())
 
     def _inside(self, name: str, slopes: Tensor) -> Tensor:
         box = self.values[name][0] if isinstance(self.values[name], tuple) else self.values[name]
@@ -177,7 +189,10 @@ class Chain:
         return self.graph.strides[name]
 
     def _cast(self, value: Any) -> Any:
-        return value.to(self.kind) if isinstance(value, Tensor) and value.is_floating_point() else value
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = value.to(self.kind)
+            return value if torch.is_grad_enabled() else value.detach()
+        return value
 
     def start(self, name: str, slopes: Tensor) -> Tensor:
         total = torch.zeros(len(slopes), self.batch, dtype=torch.float64, device=slopes.device)

@@ -1,0 +1,98 @@
+"""Free slopes of ReLUs, and multipliers of split ones, chosen by gradient ascent on the bound itself."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.bounds._backward import Chain
+
+
+def relus(chain: Chain, name: str) -> list[str]:
+    """The results of the ReLUs whose lines have a free slope somewhere, and that come before the value `name`."""
+    found = []
+    for op in chain.done:
+        if op.result == name:
+            break
+        if op.kind == "relu":
+            box = chain.values[op.reads()[0]]
+            if bool(((box.low < 0) & (box.high > 0)).any()):
+                found.append(op.result)
+    return found
+
+
+def drawn(chain: Chain, name: str, rows: int) -> dict[str, Tensor]:
+    """The slopes that CROWN takes below each of these ReLUs, [rows, ...]."""
+    first = {}
+    for result in relus(chain, name):
+        [(down, _)] = chain.lines[result].slopes.values()
+        first[result] = down.detach().expand(rows, *down.shape).clone()
+    return first
+
+
+def optimised(steps: int, rate: float) -> Callable[[Chain, str, Tensor], Tensor]:
+    """`Chain.bound` with free slopes optimised."""
+
+    def best(chain: Chain, name: str, slopes: Tensor) -> Tensor:
+        first = drawn(chain, name, len(slopes))
+        return ascend(chain, name, slopes, first, {}, steps if first else 0, rate).best
+
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class Ascent:
+    """[R, B] best bound seen; slopes and multipliers at the end; coefficients of the last bound."""
+
+    best: Tensor
+    lower: dict[str, Tensor]
+    multipliers: dict[str, Tensor]
+    watch: dict[str, Tensor]
+
+
+def ascend(
+    chain: Chain,
+    name: str,
+    slopes: Tensor,
+    lower: Mapping[str, Tensor],
+    signs: Mapping[str, Tensor],
+    steps: int,
+    rate: float,
+    goal: Tensor | None = None,
+    start: Mapping[str, Tensor] | None = None,
+) -> Ascent:
+    """The best bound seen in `steps` of Adam, from slopes `lower` and multipliers `start` (0 if not given) on.
+
+    max over alpha in [0, 1], beta >= 0 of min over the box of  slopes . value - sum_j beta_j s_j z_j,
+    where s_j z_j >= 0 is known of the split z_j (`signs` in {-1, 0, 1}, by ReLU result). Every step's bound is sound,
+    so the best is kept. Ends early where all bounds pass `goal`.
+    """
+    alphas = {key: value.detach().clone().requires_grad_() for key, value in lower.items()}
+    betas = {key: torch.zeros_like(sign, dtype=chain.kind) for key, sign in signs.items()}
+    betas = {key: (start or {}).get(key, beta).detach().clone().requires_grad_() for key, beta in betas.items()}
+    moving = [*alphas.values(), *betas.values()]
+    best = torch.full(slopes.shape[:2], -torch.inf, dtype=torch.float64, device=slopes.device)
+    watch: dict[str, Tensor] = {}
+    chosen = torch.optim.Adam(moving, rate, maximize=True) if moving else None
+    for step in range(steps + 1):
+        with torch.enable_grad():
+            push = {key: -(beta * signs[key]).unsqueeze(0) for key, beta in betas.items()}
+            watch = {}
+            found = chain.bound(name, slopes, lower=alphas, push=push, watch=watch)
+            total = found.sum()
+        best = torch.maximum(best, found.detach())
+        if chosen is None or step == steps or (goal is not None and bool((best > goal).all())):
+            break
+        grads = torch.autograd.grad(total, moving, allow_unused=True, materialize_grads=True)
+        for value, grad in zip(moving, grads, strict=True):
+            value.grad = grad
+        for group in chosen.param_groups:
+            group["lr"] = rate * 0.97**step
+        chosen.step()
+        with torch.no_grad():
+            for value in alphas.values():
+                value.clamp_(0, 1)
+            for value in betas.values():
+                value.clamp_(min=0)
+    return Ascent(best, *({key: value.detach() for key, value in part.items()} for part in (alphas, betas, watch)))

@@ -1,0 +1,122 @@
+"""Complete answers against exhaustive ones: with one hidden layer the least value lies where pieces meet."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stages.bounds._decide import decide
+from stages.bounds.base import Ball, Box
+from stages.bounds.branch_and_bound import BranchAndBound
+from stages.bounds.crown import Crown
+from stages.method import InputError
+from stages.seeding import generator
+
+
+def mlp(seed: int, *widths: int) -> nn.Sequential:
+    rng = generator(seed, "branch")
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
+        layers += [nn.Linear(a, b), *((nn.ReLU(),) if i < len(widths) - 2 else ())]
+    net = nn.Sequential(*layers).eval()
+    with torch.no_grad():
+        for value in net.parameters():
+            value.copy_(torch.randn(value.shape, generator=rng) / value.shape[-1] ** 0.5)
+    return net
+
+
+def least(net: nn.Sequential, low: Tensor, high: Tensor, rows: Tensor) -> Tensor:
+    """[R]: exact minima over a rectangle, by every activation pattern's corners: two boundaries meet at each."""
+    weight, bias = net.get_parameter("0.weight"), net.get_parameter("0.bias")
+    lines = [(*w.tolist(), b.item()) for w, b in zip(weight, bias, strict=True)]
+    lines += [
+        (1.0, 0.0, -low[0].item()),
+        (1.0, 0.0, -high[0].item()),
+        (0.0, 1.0, -low[1].item()),
+        (0.0, 1.0, -high[1].item()),
+    ]
+    points = []
+    for (a, b, c), (d, e, f) in itertools.combinations(lines, 2):
+        det = a * e - b * d
+        if abs(det) > 1e-12:
+            points.append([(b * f - c * e) / det, (c * d - a * f) / det])
+    found = torch.tensor(points, dtype=torch.float64)
+    found = found[((found >= low - 1e-12) & (found <= high + 1e-12)).all(1)]
+    values: Tensor = net(found) @ rows.T
+    return values.amin(0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_answers_equal_exhaustive_enumeration(seed: int) -> None:
+    net = mlp(seed, 2, 8, 3).double()
+    rng = generator(seed, "box")
+    centre, rows = torch.randn(3, 2, generator=rng, dtype=torch.float64), torch.randn(3, 2, 3, generator=rng).double()
+    box = Box(centre - 1, centre + 1)
+    with torch.no_grad():
+        exact = torch.stack([least(net, box.low[i], box.high[i], rows[i]) for i in range(3)])
+        loose = Crown(arithmetic="real").lower(net, box, rows)
+    assert float((exact - loose).max()) > 0.05
+    # One goal for all rows: shift each row's value by a logit that is constant.
+    for side in (-0.02, 0.02):
+        shifted = nn.Sequential(net, _Constant()).eval()
+        wide = torch.cat([rows, -(exact + side).unsqueeze(2)], 2)
+        found = decide(shifted, box, wide, 60.0, arithmetic="real")
+        if side < 0:
+            assert bool((found.lower > 0).all())
+            assert not bool(found.broken.any())
+            assert bool((found.lower <= 0.02 + 1e-9).all())
+        else:
+            assert bool(found.broken.all())
+            with torch.no_grad():
+                values = torch.einsum("brk,brk->br", wide, shifted(found.points.flatten(0, 1)).view(3, 2, 4))
+            assert bool((values <= 0).all())
+            assert bool((found.points >= box.low.unsqueeze(1)).all())
+            assert bool((found.points <= box.high.unsqueeze(1)).all())
+
+
+class _Constant(nn.Module):
+    """Appends a logit that is 1."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.cat([z, z[:, :1] * 0 + 1], 1)
+
+
+def test_a_deeper_network_is_decided_and_never_looser_than_crown() -> None:
+    net = mlp(5, 4, 10, 10, 3)
+    rng = generator(5, "box")
+    x, rows = torch.randn(4, 4, generator=rng), torch.randn(4, 2, 3, generator=rng)
+    box = Box(x - 0.4, x + 0.4)
+    with torch.no_grad():
+        plain = Crown().lower(net, box, rows)
+        found = BranchAndBound(seconds=15).lower(net, box, rows)
+        share = torch.rand(4000, 1, 4, generator=rng)
+        points = box.low + share * (box.high - box.low)
+        seen = torch.einsum("brk,nbk->nbr", rows, net(points)).amin(0)
+    assert bool((found >= plain).all())
+    assert bool((found <= seen + 1e-6).all())
+    answers = decide(net, box, rows, 60.0)
+    assert bool(((answers.lower > 0) ^ answers.broken).all())
+    assert bool((seen[answers.lower > 0] > 0).all())
+    assert int((answers.lower > 0).sum()) > int((plain > 0).sum())
+
+
+def test_points_that_refute_lie_in_the_ball() -> None:
+    net = mlp(6, 4, 10, 3)
+    x = torch.zeros(1, 4)
+    rows = torch.tensor([[[1.0, -1.0, 0.0], [0.0, 1.0, -1.0], [-1.0, 0.0, 1.0]]])
+    for norm in ("l2", "l1"):
+        ball = Ball(x, "l2" if norm == "l2" else "l1", 1.0)
+        found = decide(net, Box(x - 1, x + 1, ball), rows, 20.0)
+        assert bool(found.broken.any())
+        away = torch.linalg.vector_norm(found.points, 2.0 if norm == "l2" else 1.0, 2)
+        assert bool((away <= 1 + 1e-6).all())
+
+
+def test_time_is_kept_and_what_is_known_by_then_returned() -> None:
+    net = mlp(7, 30, 60, 60, 3)
+    x = torch.zeros(2, 30)
+    found = decide(net, Box(x - 1, x + 1), torch.randn(2, 2, 3, generator=generator(7)), 1e-6)
+    assert bool(torch.isfinite(found.lower).all())
+    with pytest.raises(InputError, match="above 0"):
+        decide(net, Box(x, x), torch.ones(2, 2, 3), 0.0)
