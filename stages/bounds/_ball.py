@@ -56,10 +56,12 @@ class Ends:
         reach = self._reach.clamp(min=TINY).unsqueeze(-1)
         high = flat.norm(dim=-1, keepdim=True) / reach + TINY
         low = high * 1e-6
-        for _ in range(_HALVINGS):
-            lam = (low * high).sqrt()
-            wide = torch.minimum(torch.maximum(-flat / lam, down), up).norm(dim=-1, keepdim=True) > reach
-            low, high = torch.where(wide, lam, low), torch.where(wide, high, lam)
+        with torch.no_grad():  # at the best lam the bound does not move with it
+            for _ in range(_HALVINGS):
+                lam = (low * high).sqrt()
+                wide = torch.minimum(torch.maximum(-flat / lam, down), up).norm(dim=-1, keepdim=True) > reach
+                low, high = torch.where(wide, lam, low), torch.where(wide, high, lam)
+        high = high.detach()
         step = torch.minimum(torch.maximum(-flat / high, down), up)
         least: Tensor = (flat * step + high * step**2 / 2).sum(-1) - high[..., 0] * self._reach**2 / 2
         return least

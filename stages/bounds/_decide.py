@@ -63,20 +63,23 @@ def decide(
     arithmetic: str = "float32",
     domains: int = 64,
     steps: int = 20,
-    inner: int = 5,
+    box_steps: int = 5,
     memory: float = 2.0,
     limit: int = 1_000_000,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Decision:
     """Is rows [B, R, K] @ logits > goal on all of the box? `seconds` for the whole batch; `domains` bounded at once.
 
-    `steps` and `inner` are the ascent steps on a domain's bound and on the boxes of pre-activations; `limit` is the most
-    domains that are bounded, for answers that do not depend on time. `on_step` counts rows decided. Raises `InputError` where seconds is not positive, and what linear bounds raise.
+    `steps` and `box_steps` are the ascent steps on a domain's bound and on the boxes of pre-activations; `limit` is the
+    most domains that are bounded, for answers that do not depend on time. `on_step` counts rows decided. Raises
+    `InputError` where seconds is not positive, and what linear bounds raise.
     """
     if not seconds > 0:
         raise InputError(f"seconds: expected a time above 0, got {seconds:g}")
     with torch.no_grad():
-        search = _Search(net, box, rows, goal, arithmetic, domains, steps, inner, memory, time.monotonic() + seconds)
+        search = _Search(
+            net, box, rows, goal, arithmetic, domains, steps, box_steps, memory, time.monotonic() + seconds
+        )
         search.run(limit, on_step)
         return Decision(search.result(), search.broken, search.points)
 
@@ -91,13 +94,13 @@ class _Search:
         arithmetic: str,
         domains: int,
         steps: int,
-        inner: int,
+        box_steps: int,
         memory: float,
         end: float,
     ) -> None:
         self.net, self.box, self.rows, self.goal, self.end = net, box, rows, goal, end
         self.unit, self.double = UNITS[arithmetic], arithmetic == "real"
-        self.steps, self.inner, self.memory = steps, inner, memory
+        self.steps, self.box_steps, self.memory = steps, box_steps, memory
         centre = ((box.low + box.high) / 2).clamp(box.low, box.high)
         self.points = centre.unsqueeze(1).expand(len(rows), rows.shape[1], *centre.shape[1:]).clone()
         self.broken = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)
@@ -150,7 +153,7 @@ class _Search:
         """Boxes of what non-linear operations read, with optimised slopes, for the images that are open."""
         chain = Chain(self.net, self._part(images, self.box.low[images], self.box.high[images]), self.unit, self.double)
         room = self.memory / (4 * (1 + len(self.relus)))
-        _sweep.follow(chain, lambda op: _sweep.tighten(chain, op, room, _slopes.optimised(self.inner, _RATE)))
+        _sweep.follow(chain, lambda op: _sweep.tighten(chain, op, room, _slopes.optimised(self.box_steps, _RATE)))
         self.place = {int(image): i for i, image in enumerate(images)}
         names = {name for op in chain.done if op.result in chain.fronts for name in chain.operands(op)}
         self.roots = {name: tuple(chain.flat(name, end) for end in _ends(chain, name)) for name in names}

@@ -17,7 +17,7 @@ from stages.bounds.ibp import check
 class AlphaCrown(Certifier):
     """max over alpha in [0, 1] of CROWN's bound with lower lines alpha z at open ReLUs, by projected Adam.
 
-    Every row has slopes of its own at every ReLU below it: the rows of the logits, and with `inner` steps > 0 the two
+    Every row has slopes of its own at every ReLU below it: the rows of the logits, and with `box_steps` steps > 0 the two
     rows of every open pre-activation. Each starts at CROWN's slopes; the best bound seen is kept, all being sound.
     Boxes found so are intersected with the others. The answer is never below CROWN's: tighter boxes may flip a slope
     that CROWN picks by rule, so CROWN runs too and the larger bound is taken (its cost is about 1/60 of the rest).
@@ -30,7 +30,7 @@ class AlphaCrown(Certifier):
 
     arithmetic: Literal["real", "float32"] = "float32"
     steps: int = Field(default=20, ge=1)
-    inner: int = Field(default=20, ge=0)
+    box_steps: int = Field(default=20, ge=0)
     rate: float = Field(default=0.1, gt=0)
     memory: float = Field(default=2.0, gt=0)
 
@@ -40,7 +40,7 @@ class AlphaCrown(Certifier):
         plain = Crown(arithmetic=self.arithmetic, memory=self.memory).lower(net, box, rows)
         chain = Chain(net, box, UNITS[self.arithmetic], self.arithmetic == "real")
         room = self.memory / (4 * (1 + sum(op.kind == "relu" for op in chain.graph.ops)))
-        inner, last = (_slopes.optimised(steps, self.rate) for steps in (self.inner, self.steps))
-        _sweep.follow(chain, lambda op: _sweep.tighten(chain, op, room, inner))
+        boxes, last = (_slopes.optimised(steps, self.rate) for steps in (self.box_steps, self.steps))
+        _sweep.follow(chain, lambda op: _sweep.tighten(chain, op, room, boxes))
         found = outward(_sweep.logits(chain, rows, room, last), rows.dtype, -float("inf"))
         return torch.maximum(plain, found)

@@ -16,8 +16,8 @@ class BranchAndBound(Certifier):
 
     `seconds` is the time per image (those that need none leave theirs to the others). The answer for a row is the least
     bound over its domains: above 0 where proved; at most 0 where refuted or open. It is never below CROWN's. Answers
-    of rows that run out of time depend on the machine's speed, but stay sound; with `limit` domains and time enough they
-    do not.
+    of rows that run out of time depend on the machine's speed, but stay sound; with `limit` domains and time enough
+    they do not depend on it.
 
     Source: Wang et al., "Beta-CROWN: Efficient Bound Propagation with Per-neuron Split Constraints for Neural Network
     Robustness Verification", 2021; see `_decide` for the method and the departures.
@@ -28,7 +28,7 @@ class BranchAndBound(Certifier):
     limit: int = Field(default=1_000_000, ge=1)
     domains: int = Field(default=64, ge=1)
     steps: int = Field(default=20, ge=1)
-    inner: int = Field(default=5, ge=0)
+    box_steps: int = Field(default=5, ge=0)
     memory: float = Field(default=2.0, gt=0)
 
     def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class BranchAndBound(Certifier):
             domains=self.domains,
             limit=self.limit,
             steps=self.steps,
-            inner=self.inner,
+            box_steps=self.box_steps,
             memory=self.memory,
         )
         return outward(found.lower, rows.dtype, -float("inf"))

@@ -13,7 +13,7 @@ from stages.seeding import generator
 from stages.threat import Threat
 
 KINDS = names(FOLDER)
-QUICK = {"steps": 5, "inner": 2, "seconds": 300, "limit": 16}
+QUICK = {"steps": 5, "box_steps": 2, "seconds": 300, "limit": 4}
 THREATS = [Threat(norm="linf", eps=0.05), Threat(norm="l2", eps=0.3), Threat(norm="l1", eps=0.5)]
 
 

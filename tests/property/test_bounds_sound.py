@@ -21,7 +21,7 @@ from stages.seeding import generator
 
 K = 4
 KINDS = names(FOLDER)
-QUICK = {"steps": 2, "inner": 1, "seconds": 300, "limit": 8}
+QUICK = {"steps": 2, "box_steps": 1, "seconds": 300, "limit": 8}
 
 
 def escapes(net: nn.Module, box: Box, certifiers: Sequence[Certifier], rng: Generator, points: int = 64) -> list[float]:

@@ -62,7 +62,7 @@ def test_more_steps_never_loosen_the_last_rows_and_boxes_matter() -> None:
     rng = generator(1, "points")
     rows, x = torch.randn(4, 3, 4, generator=rng), torch.rand(4, 6, generator=rng)
     box = Box(x - 0.5, x + 0.5)
-    few, many = (AlphaCrown(steps=steps, inner=0).lower(net, box, rows) for steps in (2, 20))
+    few, many = (AlphaCrown(steps=steps, box_steps=0).lower(net, box, rows) for steps in (2, 20))
     assert bool((many >= few - 1e-6).all())
     whole = AlphaCrown().lower(net, box, rows)
     assert float((whole - many).mean()) > 0
