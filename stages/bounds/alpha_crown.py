@@ -17,8 +17,8 @@ from stages.bounds.ibp import check
 class AlphaCrown(Certifier):
     """max over alpha in [0, 1] of CROWN's bound with lower lines alpha z at open ReLUs, by projected Adam.
 
-    Every row has slopes of its own at every ReLU below it: the rows of the logits, and with `box_steps` steps > 0 the two
-    rows of every open pre-activation. Each starts at CROWN's slopes; the best bound seen is kept, all being sound.
+    Every row has slopes of its own at every ReLU below it: the rows of the logits and, with `box_steps` > 0, both rows
+    of every open pre-activation. Each starts at CROWN's slopes; the best bound seen is kept, all being sound.
     Boxes found so are intersected with the others. The answer is never below CROWN's: tighter boxes may flip a slope
     that CROWN picks by rule, so CROWN runs too and the larger bound is taken (its cost is about 1/60 of the rest).
 
