@@ -110,7 +110,7 @@ class Judged:
     def counts(self, weights: Sequence[float]) -> dict[str, int]:
         """Images misled by any attack, and evading the detector, in all and by what found it first."""
         by = {"a plain attack": _START, **{f"weight {weight:g}": i for i, weight in enumerate(weights)}}
-        by |= {"selective": len(weights), "black box": _OUTSIDE}
+        by |= {"selective": len(weights), "a common class": len(weights) + 1, "black box": _OUTSIDE}
         evaded = {f"evaded by {name}": int((self.evaded & (self.by == number)).sum()) for name, number in by.items()}
         return {"misled": int(self.wrong.sum()), "evaded": int(self.evaded.sum()), **evaded}
 
@@ -145,7 +145,7 @@ def judge(
     for number, at in enumerate(range(0, len(todo), _BATCH)):
         rows = todo[at : at + _BATCH]
         best = detector.adaptive.evade(
-            lambda point, _: detector.examine(logits, point),
+            lambda point, _: detector.inspect(logits, point),
             threshold,
             x[rows],
             y[rows],

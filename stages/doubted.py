@@ -100,7 +100,7 @@ def falls(detector: Detector, threshold: float, logits: Logits, x: Tensor, y: Te
     (`validity.falls_to_chance`), the share of the commonest label may stand: that of a constant answer.
     """
     found = detector.adaptive.model_copy(update={"restarts": 0}).evade(
-        lambda point, _: detector.examine(logits, point),
+        lambda point, _: detector.inspect(logits, point),
         threshold,
         x,
         y,

@@ -46,11 +46,16 @@ class Detector(Method):
         x is asked about by itself, as without a detector, so that its logits are the same bits. An oracle is charged
         1 + m passes.
         """
+        return self.inspect(logits, x)[:2]
+
+    @final
+    def inspect(self, logits: Logits, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `examine`, and the logits of the copies [m, B, K]: what the attack that knows the detector is told."""
         z = logits(x)
         copies = self.copies(x)
         rows = torch.arange(len(x), device=x.device).repeat(len(copies))
-        others = narrow(logits, rows)(copies.flatten(0, 1))
-        return z, self.suspicions(z, others.view(len(copies), *z.shape))
+        others = narrow(logits, rows)(copies.flatten(0, 1)).view(len(copies), *z.shape)
+        return z, self.suspicions(z, others), others
 
     @final
     def scores(self, logits: Logits, x: Tensor, batch: int = 64) -> Tensor:

@@ -119,3 +119,11 @@ def test_non_local_means_of_a_flat_image_is_that_image_and_hardly_any_strength_c
 def test_the_gradient_of_non_local_means_is_its_slope() -> None:
     x = (0.5 + 0.2 * random((1, 1, 4, 4))).double()
     assert torch.autograd.gradcheck(lambda p: non_local_means(p, 3, 3, 20), x.requires_grad_(True), atol=1e-6)
+
+
+def test_one_bit_has_a_gradient_near_its_boundary_alone_and_in_all_as_much_as_it_changes() -> None:
+    x = torch.linspace(0, 1, 1001).view(1, 1, 1, -1).requires_grad_(True)
+    (slope,) = torch.autograd.grad(bit_depth(x, 1).sum(), x)
+    near = (x.detach() - 0.5).abs() < 0.3
+    assert torch.equal(slope != 0, near)
+    assert float(slope.mean()) == pytest.approx(1, abs=0.01)

@@ -131,7 +131,7 @@ def test_what_is_proved_is_not_attacked_and_equal_starts_are_climbed_from_once()
         return detector.examine(net, point)
 
     tiny = THREAT.model_copy(update={"eps": 1e-4})
-    settings = Adaptive(steps=3, restarts=0, weights=(1.0,))
+    settings = Adaptive(steps=3, restarts=0, weights=(1.0,), targets=0)
     right = correct(net, x, y)
     with frozen(net):
         settings.evade(examine, 0.1, x[right], y[right], tiny, generator(0), (x[right], x[right].clone()))
