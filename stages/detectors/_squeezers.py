@@ -18,14 +18,15 @@ def bit_depth(x: Tensor, bits: int) -> Tensor:
     manner of Athalye, Carlini and Wagner 2018, section 4.1 (from memory); the blur is ours.
     """
     steps = 2**bits - 1
-    value = (x * steps).round() / steps
+    value: Tensor = (x * steps).round() / steps
     if not (torch.is_grad_enabled() and x.requires_grad):
         return value
     slope: Tensor | float = 1.0
     if bits <= _COARSE:
         levels = x.detach() * steps
         slope = ((levels - levels.floor() - 0.5).abs() < _BLUR).to(x.dtype) / (2 * _BLUR)
-    return value.detach() + slope * (x - x.detach())
+    passed: Tensor = value.detach() + slope * (x - x.detach())
+    return passed
 
 
 def median_2x2(x: Tensor) -> Tensor:
