@@ -62,7 +62,7 @@ EDITS = {
     "stages/nn/builders/resnet.py": LINE,  # arch.json names builders
     "stages/data/mnist.py": [],
     "stages/data/digits.py": LINE,
-    "stages/validity.py": ["validate"],
+    "stages/validity.py": ["validate", "export"],
     "targets/passes/fp16.py": ["export"],  # the page names passes
     "targets/runtime/latency.py": ["export"],
     "targets/runtime/predict_bundle.txt": ["export"],  # it is shipped
