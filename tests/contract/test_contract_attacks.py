@@ -27,7 +27,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ai_gan": {"epochs": 5, "width": 4, "batch": 64, "lr": 0.02},
     "carlini_wagner": {"steps": 60, "searches": 6, "lr": 0.05, "price": 0.01},
     "transfer": {"path": "nowhere", "sha256": 64 * "0"},
-    "auto": {"steps": 20, "queries": 150},
+    "fab": {"steps": 40},
+    "auto": {"steps": 10, "queries": 60},
     "worst_of": {"attacks": ["fgsm", {"kind": "pgd", "steps": 5}]},
 }
 KINDS = names(FOLDER)
