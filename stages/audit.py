@@ -28,7 +28,7 @@ from stages.early import Demand
 from stages.exhibits import Images, images
 from stages.finding import Finding
 from stages.members import named
-from stages.method import load
+from stages.method import InputError, load
 from stages.nn import _atomic
 from stages.seeding import derive, generator
 from stages.subject import Subject, opened
@@ -61,8 +61,11 @@ def run(args: argparse.Namespace) -> int:
     told = ledger.Told(args.model, shown.text, threat, strength, subject, notes)
     print(ledger.opening(told), flush=True)
     step = ledger.progress(strength)
-    verdicts = judge(subject, shown.x, shown.y, shown.indices, plan, _ready(subject, shown, args.seed), step)
-    found = tuple(findings(subject, verdicts, *shown.examined, derive(args.seed, "findings"), step("validity")))
+    try:
+        verdicts = judge(subject, shown.x, shown.y, shown.indices, plan, _ready(subject, shown, args.seed), step)
+        found = tuple(findings(subject, verdicts, *shown.examined, derive(args.seed, "findings"), step("validity")))
+    except InputError as error:
+        raise InputError(f"{args.model}: on images within the threat: {error}") from error
     if args.grid:
         found = (*found, gridded(verdicts.scene, verdicts.struck))
     seconds = time.perf_counter() - start

@@ -56,7 +56,7 @@ def outputs(logits: Logits, x: Tensor, batch: int = 256) -> Tensor:
     if len(bad):
         raise InputError(
             f"evaluate: the network's outputs are not finite for {len(bad)} of {len(x)} images "
-            f"(first at position {int(bad[0])}); did training diverge?"
+            f"(first at position {int(bad[0])}); did training diverge, or does it overflow on such images?"
         )
     return z
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from stages.attacks._losses import gradient
+from stages.attacks._losses import raw_gradient
 from stages.attacks.base import Attack
 from stages.attacks.fgsm import FGSM
 from stages.attacks.pgd import PGD
@@ -128,21 +128,30 @@ def not_probabilities(logits: Logits, x: Tensor) -> Finding:
     """Outputs are logits: after a softmax, gradients vanish where the network is sure."""
     z = outputs(logits, x)
     like = bool((z >= 0).all()) and bool(((z.sum(1) - 1).abs() <= 1e-4).all())
-    rule = "are all >= 0 and sum to 1, as after a softmax; attack and ship logits" if like else "are not probabilities"
-    return Finding("not_probabilities", not like, f"the outputs on {len(x)} images {rule}")
+    # A sigmoid saturates as a softmax does; logits of that many images do not all lie in [0, 1].
+    squashed = bool((z >= 0).all()) and bool((z <= 1).all())
+    rule = "are not probabilities"
+    if like or squashed:
+        how = "are all >= 0 and sum to 1, as after a softmax" if like else "all lie in [0, 1], as after a sigmoid"
+        rule = f"{how}; attack and ship logits"
+    return Finding("not_probabilities", not (like or squashed), f"the outputs on {len(x)} images {rule}")
 
 
 def gradients_present(logits: Logits, x: Tensor, y: Tensor) -> Finding:
-    """The share of images with a cross-entropy gradient of exactly zero, and the mean size of the gradient."""
+    """The share of images with a cross-entropy gradient of exactly zero, or with an entry that is not finite, and the
+    mean size of the gradient."""
     sizes = []
     for at in range(0, len(x), 256):
-        slope = gradient(logits, x[at : at + 256], y[at : at + 256], "ce")[2]
+        slope = raw_gradient(logits, x[at : at + 256], y[at : at + 256], "ce")[2]
         sizes.append(slope.flatten(1).abs().sum(1))
     size = torch.cat(sizes)
-    zero = Point(0.0, int((size == 0).sum()), len(x))
+    lost = ~torch.isfinite(size)
+    zero, size = Point(0.0, int(((size == 0) | lost).sum()), len(x)), size[~lost]
     text = (
-        f"{zero.hits} of {zero.total} images have a loss gradient of exactly zero (95 % low {zero.interval[0]:.3f}, "
-        f"must be <= {_FLAT_SHARE:g}); mean l1 norm of the gradient {float(size.mean()):.3g}"
+        f"{zero.hits} of {zero.total} images have a loss gradient of exactly zero"
+        f"{f', or ({int(lost.sum())} of them) one with NaN or infinite entries' if bool(lost.any()) else ''} "
+        f"(95 % low {zero.interval[0]:.3f}, must be <= {_FLAT_SHARE:g}); "
+        f"mean l1 norm of the gradient {float(size.mean()) if len(size) else 0.0:.3g}"
     )
     return Finding("gradients_present", zero.interval[0] <= _FLAT_SHARE, text)
 

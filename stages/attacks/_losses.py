@@ -68,6 +68,12 @@ def per_example(loss: Loss, z: Tensor, y: Tensor) -> Tensor:
 
 
 def gradient(logits: Logits, x: Tensor, y: Tensor, loss: Loss | Goal) -> tuple[Tensor, Tensor, Tensor]:
+    """As `raw_gradient`, with 0 for entries that are NaN or infinite: one pixel must not end the climb of others."""
+    z, losses, slope = raw_gradient(logits, x, y, loss)
+    return z, losses, slope.nan_to_num(0.0, 0.0, 0.0)
+
+
+def raw_gradient(logits: Logits, x: Tensor, y: Tensor, loss: Loss | Goal) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [B, K], loss [B] and its gradient in x, detached. Differentiates in x alone; weights keep no gradient.
 
     Losses are summed, not averaged, so that an example's gradient does not depend on the batch it is in. Where no

@@ -229,7 +229,7 @@ def _slope(lead: Tensor, at: Tensor, more: bool) -> Tensor:
     if not lead.requires_grad:
         return torch.zeros_like(at).detach()
     (slope,) = torch.autograd.grad(lead.sum(), at, retain_graph=more, allow_unused=True)
-    return torch.zeros_like(at).detach() if slope is None else slope
+    return torch.zeros_like(at).detach() if slope is None else slope.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _wrong(logits: Logits, x: Tensor, y: Tensor) -> Tensor:

@@ -166,6 +166,7 @@ def _slope_of(values: Tensor, point: Tensor, keep: bool) -> Tensor:
     if not values.requires_grad:
         return torch.zeros_like(point)
     (slope,) = torch.autograd.grad(values.sum(), point, retain_graph=keep, allow_unused=True, materialize_grads=True)
+    slope = slope.nan_to_num(0.0, 0.0, 0.0)
     return slope.detach()
 
 

@@ -133,7 +133,7 @@ def unobjectionable(model: onnx.ModelProto, where: str) -> None:
 def _no_twin(where: str, node: onnx.NodeProto, reason: str) -> InputError:
     name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
     return InputError(
-        f'{where}: node "{node.name}": operator {name} has no torch twin: {reason}; '
+        f'{where}: node "{node.name or f"that gives {node.output[0]}"}": operator {name} has no torch twin: {reason}; '
         "replace it in the graph, or add it to stages/nn/_onnx_ops.py"
     )
 

@@ -30,10 +30,13 @@ def fold_constants(model: ModelProto) -> None:
     kept = []
     for node in graph.node:
         known = all(name in values for name in node.input if name)
+        found = None
         if known and not outputs.intersection(node.output) and not _has_subgraph(node) and node.op_type not in _RANDOM:
-            values |= _evaluate(model, node, {name: values[name] for name in node.input if name})
-        else:
+            found = _evaluate(model, node, {name: values[name] for name in node.input if name})
+        if found is None:
             kept.append(node)
+        else:
+            values |= found
     read = {name for node in kept for name in node.input} | outputs
     del graph.node[:], graph.initializer[:]
     graph.node.extend(kept)
@@ -53,12 +56,18 @@ def strip(model: ModelProto) -> None:
         del part.metadata_props[:]
 
 
-def _evaluate(model: ModelProto, node: NodeProto, known: dict[str, onnx.TensorProto]) -> dict[str, onnx.TensorProto]:
+def _evaluate(
+    model: ModelProto, node: NodeProto, known: dict[str, onnx.TensorProto]
+) -> dict[str, onnx.TensorProto] | None:
+    """The node's values, or None where the evaluator lacks its version: of Q/DQ it knows the newest opsets alone."""
     graph = onnx.helper.make_graph(
         [node], "constant", [], [onnx.ValueInfoProto(name=name) for name in node.output if name], list(known.values())
     )
     alone = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    results = ReferenceEvaluator(alone).run(None, {})
+    try:
+        results = ReferenceEvaluator(alone).run(None, {})
+    except (RuntimeError, NotImplementedError):
+        return None
     names = [name for name in node.output if name]
     return {
         name: numpy_helper.from_array(np.asarray(value, order="C"), name)
