@@ -21,7 +21,7 @@ from pipeline.core.stage import Emit, Files, Result
 from pipeline.engine.disk import remove, write_atomic, writing
 from pipeline.engine.failure import Failure, failure_of
 from pipeline.engine.step import Attempt, Step
-from pipeline.engine.worker import Returned, Task
+from pipeline.engine.worker import LAUNCHER, Returned, Task
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10.0
@@ -160,8 +160,9 @@ def _first_failure(folder: Path, status: int) -> Failure:
 
 
 def _importable() -> dict[str, str]:
-    """Our environment, with what we can import importable there too."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
+    """Our environment, with what we can import importable there too, and who started it."""
+    path = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+    return {**os.environ, "PYTHONPATH": path, LAUNCHER: str(os.getpid())}
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from pipeline.core.value import Value
 from pipeline.engine.disk import write_atomic
 from pipeline.engine.failure import failure_of
 
+LAUNCHER = "TEMPER_LAUNCHER"  # in the environment of a worker: the process that started it
 _PARENT_DEATH = 1  # prctl(PR_SET_PDEATHSIG), from linux/prctl.h
 
 
@@ -113,6 +114,7 @@ def main(folder: Path, environ: Mapping[str, str]) -> int:
 
 def torchrun(folder: str, procs: str) -> NoReturn:
     """Become torchrun; it exits with 1 where a rank failed."""
+    os.environ[LAUNCHER] = str(os.getpid())
     sys.argv = ["torchrun", "--standalone", f"--nproc-per-node={procs}", "-m", "pipeline.engine.worker", folder]
     runpy.run_module("torch.distributed.run", run_name="__main__")
     sys.exit(0)
@@ -135,6 +137,9 @@ def _die_with_parent() -> None:
     """Linux: be killed when the launcher is, so that an orphan never writes into a scratch that another run owns."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
+        # A launcher that died before this line sends no signal any more.
+        if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

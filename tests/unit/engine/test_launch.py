@@ -191,3 +191,11 @@ def ranks(root: Path) -> list[str]:
         if any(word.startswith(str(root / "spare")) for word in words):
             found.append(path.parent.name)
     return found
+
+
+def test_a_worker_whose_launcher_is_gone_already_does_nothing(tmp_path: Path) -> None:
+    environ = {**os.environ, "TEMPER_LAUNCHER": str(os.getpid() + 1)}
+    command = [sys.executable, "-m", "pipeline.engine.worker", str(tmp_path)]
+    done = subprocess.run(command, check=False, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert list(tmp_path.iterdir()) == []
