@@ -76,11 +76,15 @@ def test_exact_on_an_affine_network(kind: str) -> None:
     layer = net[1]
     assert isinstance(layer, nn.Linear)
     with torch.no_grad():
+        for value in layer.parameters():
+            value.copy_(torch.rand(value.shape, generator=rng) - 0.5)
         bound = certifier(kind).lower(net, Box(low, high), rows)
         slopes = rows @ layer.weight
         ends = torch.where(slopes > 0, low.flatten(1).unsqueeze(1), high.flatten(1).unsqueeze(1))
         exact = (slopes * ends).sum(2) + rows @ layer.bias
-    assert torch.allclose(bound, exact, atol=1e-5)
+    # Below, and by no more than what summing a handful of float32 products may lose, outward at every step.
+    assert bool((bound <= exact + 1e-6).all())
+    assert torch.allclose(bound, exact, atol=4e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -192,7 +192,9 @@ def test_a_batch_of_one_label_and_a_batch_of_one_are_attacked_all_the_same() -> 
     net = convolutional()
     x, y = images(net, 40)
     for rows in ((y == y[0]).nonzero().flatten(), torch.tensor([0])):
-        Hidden(steps=2, finish=2)(net, x[rows], y[rows], LINF, generator(0))
+        found = Hidden(steps=2, finish=2)(net, x[rows], y[rows], LINF, generator(0))
+        assert found.shape == x[rows].shape
+        assert bool((LINF.distance(found, x[rows]) <= LINF.eps * (1 + 1e-6)).all())
 
 
 def test_every_pass_is_charged() -> None:
