@@ -184,6 +184,8 @@ def _file(path: Path, label: str) -> tuple[dict[str, Any], dict[At, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark in front
     except FileNotFoundError:
+        if str(path) in presets():
+            raise BadInput(f"{label}: no such file; the preset of that name is `--preset {path}`") from None
         raise BadInput(f"{label}: no such file; `python -m pipeline init` writes a spec for your data") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{label}: expected UTF-8 text, got byte {error.object[error.start]:#04x}; save it so") from None

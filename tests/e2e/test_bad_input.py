@@ -183,6 +183,7 @@ def test_specs_of_other_editors_and_other_builders_load(tmp_path: Path, capsys: 
     ("line", "message"),
     [
         ("plan nope.toml", "nope.toml: no such file; `python -m pipeline init` writes a spec"),
+        ("plan mnist", "mnist: no such file; the preset of that name is `--preset mnist`"),
         ("plan .", "cannot be read: Is a directory"),
         ("plan binary", "binary: expected UTF-8 text, got byte 0xff"),
         ("plan --preset digit", 'no preset "digit"; did you mean "digits"?'),
