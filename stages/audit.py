@@ -17,11 +17,13 @@ from torch import Tensor
 from pipeline.core.errors import BadInput
 from stages import evidence, ledger
 from stages.adapter import Form
+from stages.apart import apart
 from stages.attacks.base import FOLDER as ATTACKS
 from stages.attacks.base import QUICK, STANDARD, Attack
 from stages.attacks.square import Square
 from stages.bounds.base import FOLDER as BOUNDS
-from stages.bounds.base import Certifier
+from stages.bounds.base import Bounds, Certifier, Estimator
+from stages.bounds.smoothing import Smoothing
 from stages.data.base import Split
 from stages.doubts import findings, gridded
 from stages.early import Demand
@@ -37,7 +39,7 @@ from stages.verdicts import Plan, Verdicts, check_labels, judge
 
 _BATCH = 256
 _POWERS = {"linf": 0.0, "l2": 0.5, "l1": 1.0}
-_ESTIMATORS = ("etb",)
+_OF_SMOOTHING = ("sigma", "n0", "n", "alpha")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +50,12 @@ def run(args: argparse.Namespace) -> int:
     for out in (args.json, args.evidence):
         _writable(out, args.model)
     _asks_early(args)
-    threat, form, certifiers = _threat(args.threat), _form(args), _certifiers(args.certify)
+    threat, form, asked_bounds = _threat(args.threat), _form(args), _bounds(args)
+    certifiers = {name: bounds for name, bounds in asked_bounds.items() if isinstance(bounds, Certifier)}
+    estimators = {name: bounds for name, bounds in asked_bounds.items() if isinstance(bounds, Estimator)}
+    smoothing = next((bounds for bounds in asked_bounds.values() if isinstance(bounds, Smoothing)), None)
+    if smoothing is not None:
+        smoothing.accept(threat)
     asked = _attacks(args.attack)
     root = (args.data_root or Path(os.environ.get("TEMPER_DATA") or "data")).resolve()
     shown = images(args.data, root, args.split, args.limit, args.indices, args.seed)
@@ -58,22 +65,26 @@ def run(args: argparse.Namespace) -> int:
     plan = Plan(threat, named(chosen, threat), certifiers, args.shortcuts, args.seed, _demand(args, len(shown.x)))
     strength = evidence.strength(chosen)
     notes = (*subject.notes, *shown.notes, *_notes(subject, threat, shown, asked, chosen))
+    if smoothing is not None:
+        notes = (*notes, *ledger.promise(smoothing, subject.file, shown.x, threat))
     told = ledger.Told(args.model, shown.text, threat, strength, subject, notes)
     print(ledger.opening(told), flush=True)
     step = ledger.progress(strength)
     try:
         verdicts = judge(subject, shown.x, shown.y, shown.indices, plan, _ready(subject, shown, args.seed), step)
         found = tuple(findings(subject, verdicts, *shown.examined, derive(args.seed, "findings"), step("validity")))
+        aside = apart(subject, verdicts.scene, estimators, smoothing, args.seed, step)
+        found = (*found, *aside.findings)
     except InputError as error:
         raise InputError(f"{args.model}: on images within the threat: {error}") from error
     if args.grid:
         found = (*found, gridded(verdicts.scene, verdicts.struck))
     seconds = time.perf_counter() - start
-    print(ledger.closing(told, verdicts, found, seconds))
+    print(ledger.closing(told, verdicts, aside, found, seconds))
     if args.json is not None:
-        _atomic.write(args.json, ledger.document(told, verdicts, found, seconds, _settings(args, threads, root)))
+        _atomic.write(args.json, ledger.document(told, verdicts, aside, found, seconds, _settings(args, threads, root)))
     if args.evidence is not None:
-        ledger.write_evidence(args.evidence, told, verdicts, args.split, args.seed)
+        ledger.write_evidence(args.evidence, told, verdicts, aside, args.split, args.seed)
     return 0 if args.at_least is None or _reached(verdicts, found, strength, args.at_least) else 1
 
 
@@ -174,12 +185,18 @@ def _blind(asked: tuple[Attack, ...]) -> tuple[Attack, ...]:
     return kept or (Square(stretch=False),)
 
 
-def _certifiers(text: str) -> dict[str, Certifier]:
-    listed = [] if text == "none" else text.split(",")
-    for name in listed:
-        if name in _ESTIMATORS:
-            raise BadInput(f"audit: --certify: {name} estimates bounds and proves nothing; `list bounds` names others")
-    return {name: load(BOUNDS, Certifier, name) for name in listed}  # type: ignore[type-abstract]
+def _bounds(args: argparse.Namespace) -> dict[str, Bounds]:
+    """What `--certify` names: certifiers, estimators, smoothing."""
+    listed = [] if args.certify == "none" else args.certify.split(",")
+    given = {name: value for name in _OF_SMOOTHING if (value := getattr(args, name)) is not None}
+    if given and "smoothing" not in listed:
+        raise BadInput(f"audit: --{next(iter(given))}: expected --certify smoothing too, whose setting it is")
+    try:
+        return {name: load(BOUNDS, Bounds, {"kind": name, **(given if name == "smoothing" else {})}) for name in listed}
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise BadInput(f"audit: --certify: {where}: {problem['msg']}, got {problem['input']}") from error
 
 
 def _ready(subject: Subject, shown: Images, seed: int) -> Any:

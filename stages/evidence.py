@@ -35,15 +35,18 @@ def strength(attacks: Sequence[Attack]) -> Strength:
 
 
 class Header(Value):
-    """What was asked. `attacks` and `certifiers` map a name to the full settings; `model` is the SHA-256 of the weights
-    file's bytes after those of the architecture's; `examples` counts the lines that follow."""
+    """What was asked. `attacks`, `certifiers` and `estimators` map a name to the full settings, `smoothing` is an
+    audit's; `model` is the SHA-256 of the weights file's bytes after those of the architecture's; `examples` counts the
+    lines that follow."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     threat: dict[str, Any]
     split: str
     strength: Strength
     attacks: dict[str, dict[str, Any]]
     certifiers: dict[str, dict[str, Any]]
+    estimators: dict[str, dict[str, Any]] = {}
+    smoothing: dict[str, Any] | None = None
     seed: int
     model: str
     examples: int
@@ -56,6 +59,16 @@ class Spending(Value):
     gradients: int = Field(ge=0)
 
 
+class OfSmoothed(Value):
+    """What holds for the smoothed classifier, not for the file: its answer, how many noisy copies were given it, the l2
+    radius within which it stays (at the confidence in the header), and whether it abstained."""
+
+    answer: int
+    count: int = Field(ge=0)
+    radius: float = Field(ge=0)
+    abstained: bool
+
+
 class Example(Value):
     """One example. `survived` and `spent` name the attacks that had a try: an attack that comes after a proof or an
     attack that settled the answer may have none. Margins are the true class's lead in logits, negative where the answer
@@ -64,6 +77,7 @@ class Example(Value):
     `margin_attacked`, `distance` (in the threat's norm) and `attacked` (the prediction) belong to the stored
     adversarial input, which is the one with the lowest margin of all that broke it; an unbroken example is stored as
     it is. `certified` holds sound lower bounds of the margin within the threat, null where a certifier says nothing.
+    `estimated_margin` is no bound, and `smoothed` speaks of another classifier; an audit fills them in if asked.
     `open` marks an example without a verdict: the gate's was certain before its turn came.
     """
 
@@ -80,6 +94,8 @@ class Example(Value):
     distance: float
     certified: dict[str, bool]
     certified_margin: dict[str, float | None]
+    estimated_margin: dict[str, float | None] = {}
+    smoothed: OfSmoothed | None = None
     open: bool = False
 
 
@@ -107,8 +123,8 @@ def read(path: Path) -> Evidence:
         raise InputError(f"{path}: expected a header line, got an empty file")
     first = _json(path, 1, lines[0])
     version = first.get("schema_version")
-    if version != 2:
-        raise InputError(f"{path}: line 1: expected evidence of schema 2, got {version!r}; use its Temper")
+    if version != 3:
+        raise InputError(f"{path}: line 1: expected evidence of schema 3, got {version!r}; use its Temper")
     header = _load(path, 1, Header, first)
     examples = tuple(_load(path, n, Example, _json(path, n, line)) for n, line in enumerate(lines[1:], 2))
     if len(examples) != header.examples:

@@ -3,8 +3,9 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,20 @@ from torch import Tensor
 
 from pipeline.core.measurement import wilson
 from stages import evidence
-from stages.evaluate import OnStep
+from stages.apart import Apart
+from stages.bounds.smoothing import Smoothing
+from stages.evaluate import OnStep, outputs
 from stages.finding import Finding
+from stages.oracle import Logits
 from stages.scene import examples
 from stages.subject import Subject
 from stages.threat import Threat
 from stages.verdicts import Verdicts
 
 SCHEMA = 1
+ESTIMATE = "an estimate, not a proof"
 _EVERY = 0.5
+_TIMED = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +55,8 @@ def opening(told: Told) -> str:
     return "\n".join(lines + [f"note: {note}" for note in told.notes])
 
 
-def closing(told: Told, verdicts: Verdicts, findings: Sequence[Finding], seconds: float) -> str:
-    """Accuracies, the table of attacks, the findings."""
+def closing(told: Told, verdicts: Verdicts, aside: Apart, findings: Sequence[Finding], seconds: float) -> str:
+    """Accuracies, what is reported apart from them, the table of attacks, the findings."""
     box = ", black box only" if told.subject.twin is None else ""
     lines = ["", *(_accuracy(name, hits) for name, hits in _shares(verdicts).items())]
     if (early := verdicts.struck.early) is not None:
@@ -60,6 +66,7 @@ def closing(told: Told, verdicts: Verdicts, findings: Sequence[Finding], seconds
             f"{len(early.open)}, {int(early.open.sum())} of them open: the verdict was certain"
         )
     lines[2] += f"  ({told.strength}{box})"
+    lines += _aside(told, verdicts, aside)
     names = {"attack": [line.name for line in verdicts.lines]}
     columns: dict[str, list[str]] = {
         **names,
@@ -80,7 +87,12 @@ def closing(told: Told, verdicts: Verdicts, findings: Sequence[Finding], seconds
 
 
 def document(
-    told: Told, verdicts: Verdicts, findings: Sequence[Finding], seconds: float, settings: Mapping[str, Any]
+    told: Told,
+    verdicts: Verdicts,
+    aside: Apart,
+    findings: Sequence[Finding],
+    seconds: float,
+    settings: Mapping[str, Any],
 ) -> bytes:
     """By docs/audit.schema.json; fractions lie in [0, 1]."""
     data: dict[str, Any] = {"schema_version": SCHEMA, "clean": None, "robust": None, "certified": None}
@@ -108,12 +120,17 @@ def document(
         }
         for line, attack in zip(verdicts.lines, verdicts.struck.attacks.values(), strict=True)
     ]
+    data["estimates"] = [
+        {"name": name, "settings": aside.estimators[name].dump(), "label": ESTIMATE, **_estimated(verdicts, leads)}
+        for name, leads in aside.leads.items()
+    ]
+    data["smoothed"] = _smoothed(told, verdicts, aside)
     data["findings"] = [{"name": finding.name, "ok": finding.ok, "text": finding.text} for finding in findings]
     data["notes"], data["seconds"], data["settings"] = list(told.notes), round(seconds, 3), dict(settings)
     return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def write_evidence(path: Path, told: Told, verdicts: Verdicts, split: str, seed: int) -> None:
+def write_evidence(path: Path, told: Told, verdicts: Verdicts, aside: Apart, split: str, seed: int) -> None:
     """One line an image, by docs/evidence.md; `model` is the digest of the file."""
     header = evidence.Header(
         threat=told.threat.dump(),
@@ -121,11 +138,31 @@ def write_evidence(path: Path, told: Told, verdicts: Verdicts, split: str, seed:
         strength=told.strength,
         attacks={name: attack.dump() for name, attack in verdicts.struck.attacks.items()},
         certifiers={name: certifier.dump() for name, certifier in verdicts.proved.certifiers.items()},
+        estimators={name: estimator.dump() for name, estimator in aside.estimators.items()},
+        smoothing=None if aside.smoothing is None else aside.smoothing.dump(),
         seed=seed,
         model=told.subject.digest,
         examples=len(verdicts.scene.x),
     )
-    evidence.write(path, header, examples(verdicts.scene, verdicts.struck, verdicts.proved))
+    rows = examples(verdicts.scene, verdicts.struck, verdicts.proved)
+    evidence.write(path, header, (row.model_copy(update=more) for row, more in zip(rows, beside(aside), strict=False)))
+
+
+def promise(smoothing: Smoothing, file: Logits, x: Tensor, threat: Threat) -> Iterator[str]:
+    """What smoothing is about to say of which classifier, at what cost; and where it can say nothing."""
+    copies = x[:1].expand(min(_TIMED, smoothing.passes), *x.shape[1:]).contiguous()
+    start = time.perf_counter()
+    outputs(file, copies)
+    seconds = (time.perf_counter() - start) / len(copies) * smoothing.passes * len(x)
+    yield (
+        f"smoothing judges {_classifier(smoothing)}, not the file; {smoothing.passes:,} forward passes for each of "
+        f"{len(x)} images, about {seconds:.0f} s"
+    )
+    if smoothing.reach <= threat.eps:
+        yield (
+            f"no radius beyond {smoothing.reach:.4g} can come of {smoothing.n:,} copies with sigma {smoothing.sigma:g} "
+            f"and alpha {smoothing.alpha:g}, so nothing can hold at eps {threat.eps:g}: raise --sigma or --n"
+        )
 
 
 def progress(strength: str) -> Callable[[str], OnStep]:
@@ -148,6 +185,70 @@ def progress(strength: str) -> Callable[[str], OnStep]:
         return step
 
     return labelled
+
+
+def _aside(told: Told, verdicts: Verdicts, aside: Apart) -> Iterator[str]:
+    """Neither proofs nor the file's: each line says so itself."""
+    scene, smoothing, smoothed = verdicts.scene, aside.smoothing, aside.smoothed
+    if smoothing is not None and smoothed is not None:
+        share, held = smoothed.right(scene.y), smoothed.certified(scene.y, told.threat.eps)
+        yield f"\n{_classifier(smoothing)} (not the file), at confidence {1 - smoothing.alpha:g} for each image:"
+        yield f"  {_accuracy('right', share)}; {int(smoothed.abstained.sum())} abstained"
+        yield f"  {_accuracy('certified', held)}, at l2 eps {told.threat.eps:g}; {aside.seconds:.1f} s"
+    for name, leads in aside.leads.items():
+        found = _estimated(verdicts, leads)
+        yield (
+            f"\n{name}: {ESTIMATE}: {found['positive']} of {found['images']} images are right with an estimated lead "
+            f"above 0; an attack broke {found['broken']} of these"
+        )
+
+
+def _classifier(smoothing: Smoothing) -> str:
+    return f"the smoothed classifier, which is the file's commonest answer under Gaussian noise of {smoothing.sigma:g}"
+
+
+def _estimated(verdicts: Verdicts, leads: Tensor) -> dict[str, int]:
+    positive = verdicts.right & (leads > 0)
+    broken = positive & ~verdicts.struck.alive
+    return {"images": len(leads), "positive": int(positive.sum()), "broken": int(broken.sum())}
+
+
+def _smoothed(told: Told, verdicts: Verdicts, aside: Apart) -> dict[str, Any] | None:
+    smoothing, smoothed, y = aside.smoothing, aside.smoothed, verdicts.scene.y
+    if smoothing is None or smoothed is None:
+        return None
+    return {
+        "of": _classifier(smoothing),
+        "settings": smoothing.dump(),
+        "confidence": 1 - smoothing.alpha,
+        "passes": smoothing.passes,
+        "reach": smoothing.reach,
+        "right": _numbers(smoothed.right(y)),
+        "certified": _numbers(smoothed.certified(y, told.threat.eps)),
+        "abstained": int(smoothed.abstained.sum()),
+        "seconds": round(aside.seconds, 3),
+    }
+
+
+def beside(aside: Apart) -> Iterator[dict[str, Any]]:
+    """Image by image what an evidence line says of estimates and of the smoothed classifier; without end."""
+    for i in count():
+        found: dict[str, Any] = {
+            "estimated_margin": {name: _finite(float(leads[i])) for name, leads in aside.leads.items()}
+        }
+        if aside.smoothed is not None:
+            made = aside.smoothed
+            found["smoothed"] = evidence.OfSmoothed(
+                answer=int(made.classes[i]),
+                count=int(made.counts[i]),
+                radius=float(made.radii[i]),
+                abstained=bool(made.abstained[i]),
+            )
+        yield found
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None
 
 
 def _shares(verdicts: Verdicts) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ def audit_options(parser: argparse.ArgumentParser) -> None:
         help="which attacks (standard; `list attacks`)",
     )
     how.add_argument(
-        "--certify", default="ibp", metavar="NAME", help='what proves (ibp; `list bounds`), "none" proves nothing'
+        "--certify", default="ibp", metavar="NAME,...", help='what proves (ibp; `list bounds`), "none" proves nothing'
     )
     how.add_argument(
         "--no-shortcuts", dest="shortcuts", action="store_false", help="attack what is proved too; must agree"
@@ -59,6 +59,11 @@ def audit_options(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--grid", action="store_true", help="ask again with adversarial inputs rounded to 8-bit images")
     how.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     how.add_argument("--threads", type=_count, metavar="N", help="threads for computing (all cores)")
+    smooth = parser.add_argument_group("--certify smoothing", "l2 radii of another classifier, the smoothed one")
+    smooth.add_argument("--sigma", type=_number, metavar="S", help="standard deviation of the noise, in pixels (0.25)")
+    smooth.add_argument("--n0", type=_count, metavar="N", help="noisy copies to choose the class by (100)")
+    smooth.add_argument("--n", type=_count, metavar="N", help="further ones to bound its share by (10000)")
+    smooth.add_argument("--alpha", type=_number, metavar="A", help="each radius holds at confidence 1 - A (0.001)")
     form = parser.add_argument_group("what the file wants")
     form.add_argument(
         "--mean", type=_numbers, metavar="M,...", help="it wants (x - mean) / std: one number, or one a channel"
@@ -94,6 +99,10 @@ def _fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f'expected a fraction from 0 to 1, got "{text}"')
     return value
+
+
+def _number(text: str) -> float:
+    return _floats(text, "a number", 1)[0]
 
 
 def _numbers(text: str) -> tuple[float, ...]:

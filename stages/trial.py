@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-from stages.bounds.base import Box, Certifier, lead_rows
+from stages.bounds.base import Box, Certifier, certifier, lead_rows
 from stages.evaluate import OnStep, Strike, under_attack
 from stages.finding import Finding
 from stages.method import InputError
@@ -56,19 +56,21 @@ def prove(
     """Bound every lead of every example [N, C, H, W]; `on_step(name)(done, total)` counts images.
 
     A cascade: put the cheapest first. Each certifier is asked about the examples that those before it left open, and
-    says nothing of the others.
+    says nothing of the others. Raises `InputError` for a method that proves nothing, by whatever way it came here.
     """
+    for method in certifiers.values():
+        certifier(method)
     leads, findings = {}, []
     wrong = torch.arange(classes, device=x.device).unsqueeze(0) != y.unsqueeze(1)
     left = torch.arange(len(x), device=x.device)
-    for name, certifier in certifiers.items():
+    for name, method in certifiers.items():
         found = torch.full((len(x), classes), float("inf"), device=x.device)
         found[wrong] = float("-inf")
         try:
             for at in range(0, len(left), _BATCH):
                 rows = left[at : at + _BATCH]
                 ends, labels = Box.around(x[rows], threat), y[rows]
-                bounds = certifier.lower(net, ends, lead_rows(net, x[rows], labels)).detach()
+                bounds = method.lower(net, ends, lead_rows(net, x[rows], labels)).detach()
                 found[rows] = found[rows].masked_scatter(wrong[rows], bounds)
                 on_step(name)(min(at + _BATCH, len(left)), len(left))
         except InputError as error:

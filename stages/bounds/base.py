@@ -1,13 +1,18 @@
-"""The contract of a certifier: a sound lower bound on linear functions of the logits over a box."""
+"""What this folder holds: certifiers, which prove, and beside them methods that say something else of a network.
+
+A certifier gives a sound lower bound on linear functions of the logits over a box. Only a `Certifier` may feed a
+certified figure; a spec and `stages.trial.prove`, through which all such figures come, take nothing else (`certifier`).
+"""
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
+from pydantic import BeforeValidator, PlainSerializer
 from torch import Tensor, nn
 
-from stages.method import InputError, Method, polymorphic
+from stages.method import InputError, Method, load
 from stages.threat import Threat
 
 FOLDER = "stages.bounds"
@@ -40,7 +45,13 @@ class Box:
         return Box((x - threat.eps).clamp(min=threat.low), (x + threat.eps).clamp(max=threat.high), ball)
 
 
-class Certifier(Method):
+class Bounds(Method):
+    """Any method of this folder. `instead` says in a clause what one does that proves nothing about the network."""
+
+    instead: ClassVar[str] = "proves nothing about the network"
+
+
+class Certifier(Bounds):
     """`covers_rounding` says that the bounds hold for graphs that round to codes, however kernels sum."""
 
     covers_rounding: ClassVar[bool] = False
@@ -57,7 +68,32 @@ class Certifier(Method):
         return self.lower(net, Box.around(x, threat), lead_rows(net, x, y)).amin(1)
 
 
-AnyCertifier = Annotated[Certifier, *polymorphic(FOLDER, Certifier)]
+class Estimator(Bounds):
+    """Says roughly what range the logits have over a box. It has no `lower` and no `margins`: it is no certifier."""
+
+    instead: ClassVar[str] = "estimates bounds and proves nothing"
+
+    @abstractmethod
+    def estimate(self, net: nn.Module, box: Box, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(low, high), [B, R] each, of rows @ logits over the box; rows is [B, R, K]. Either may be wrong."""
+
+
+def certifier(data: object) -> Certifier:
+    """A certifier from a name, a table or itself. Raises `InputError` for a method that is none."""
+    found: Bounds = load(FOLDER, Bounds, data)
+    if not isinstance(found, Certifier):
+        raise InputError(
+            f"{found.kind} {found.instead}: it never counts as certified; take a certifier (`list bounds`), and "
+            f"`audit --certify {found.kind}` for what it says, which is kept apart"
+        )
+    return found
+
+
+AnyCertifier = Annotated[
+    Certifier,
+    BeforeValidator(certifier),
+    PlainSerializer(lambda method: method.dump(), return_type=dict[str, Any]),
+]
 
 
 def lead_rows(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:

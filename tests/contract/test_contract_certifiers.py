@@ -1,18 +1,25 @@
-"""What every certifier promises; a new file in the folder is held to it unasked."""
+"""What every certifier promises; a new file in the folder is held to it unasked. What is none proves nowhere."""
 
 from functools import cache
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from stages.bounds.base import FOLDER, Box, Certifier, lead_rows
+from stages import export, validate
+from stages.bounds.base import FOLDER, Bounds, Box, Certifier, Estimator, lead_rows
+from stages.bounds.quantised import Quantised
+from stages.bounds.smoothing import Smoothing
 from stages.method import InputError, load, names, type_of
 from stages.nn.arch import Arch
 from stages.seeding import generator
 from stages.threat import Threat
+from stages.trial import prove
 
-KINDS = names(FOLDER)
+TYPES = {kind: type_of(FOLDER, Bounds, kind) for kind in names(FOLDER)}
+KINDS = [kind for kind, method in TYPES.items() if issubclass(method, Certifier)]
+OTHERS = [kind for kind in TYPES if kind not in KINDS]
 QUICK = {"steps": 5, "box_steps": 2, "seconds": 300, "limit": 4}
 THREATS = [Threat(norm="linf", eps=0.05), Threat(norm="l2", eps=0.3), Threat(norm="l1", eps=0.5)]
 
@@ -34,8 +41,29 @@ def batch() -> tuple[nn.Module, Tensor, Tensor]:
     return net, torch.rand(4, 1, 8, 8, generator=rng), torch.tensor([0, 1, 2, 3])
 
 
-def test_there_is_a_certifier() -> None:
-    assert "ibp" in KINDS
+def test_there_are_certifiers_and_others() -> None:
+    assert {"ibp", "quantised", "branch_and_bound"} <= set(KINDS)
+    assert OTHERS == ["etb", "smoothing"]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_no_certifier_gets_no_certified_figure_anywhere(kind: str) -> None:
+    """Not by a spec, not inside another certifier, not handed over in code; it has not even the verb."""
+    method: Bounds = load(FOLDER, Bounds, kind)
+    assert isinstance(method, Estimator | Smoothing)
+    assert not hasattr(method, "lower")
+    assert not hasattr(method, "margins")
+    for config in (validate.Config, export.Config):
+        for given in (kind, {"kind": kind}, method):
+            with pytest.raises(
+                ValidationError, match=f"{kind} .*it never counts as certified; .*audit --certify {kind}"
+            ):
+                config.load({"certify": [given]})
+    with pytest.raises(ValidationError, match="never counts as certified"):
+        Quantised.load({"inner": kind})
+    net, x, y = batch()
+    with pytest.raises(InputError, match="never counts as certified"):
+        prove(net, x, y, 4, THREATS[0], {kind: method}, lambda _: lambda *_: None)  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize("kind", KINDS)

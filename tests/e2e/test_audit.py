@@ -243,6 +243,50 @@ def test_an_early_verdict_is_the_full_one_and_leaves_images_open(at_least: str, 
     assert "at most" in error or status == 0
 
 
+def test_estimates_and_the_smoothed_classifier_are_told_apart_from_proofs(audit: Audit, tmp_path: Path) -> None:
+    given = (file(tmp_path / "m.onnx"), *DIGITS[:4], "--threat", "l2:0.2", "--attack", "apgd", "--limit", 20)
+    smooth = ("--certify", "etb,smoothing", "--sigma", 0.1, "--n", 900, "--alpha", 0.01)
+    status, said, _ = audit(*given, *smooth, "--json", tmp_path / "o.json", "--evidence", tmp_path / "e.jsonl")
+    assert status == 0
+    data, told = json.loads((tmp_path / "o.json").read_text()), evidence.read(tmp_path / "e.jsonl")
+    schema = json.loads((ROOT / "docs" / "audit.schema.json").read_text())
+    assert fits(data, schema, schema) == []
+    assert data["certified"] is None
+    assert "\ncertified" not in said
+    assert told.header.certifiers == {}
+    assert all(row.certified == {} for row in told.examples)
+    (etb,), smoothed = data["estimates"], data["smoothed"]
+    positive = [row for row in told.examples if row.clean == row.label and (row.estimated_margin["etb"] or 0) > 0]
+    assert (etb["positive"], etb["broken"]) == (len(positive), sum(row.broken_by is not None for row in positive))
+    assert f"etb: an estimate, not a proof: {etb['positive']} of 20" in said
+    rows = [(row.label, row.smoothed) for row in told.examples if row.smoothed is not None]
+    assert len(rows) == 20
+    held = [label == one.answer and one.radius > 0.2 for label, one in rows]
+    assert 0 < sum(held) == smoothed["certified"]["value"] * 20 < 20
+    assert all(one.abstained is (one.radius == 0) for _, one in rows)
+    assert smoothed["abstained"] == sum(one.abstained for _, one in rows)
+    assert smoothed["settings"] == {"kind": "smoothing", "sigma": 0.1, "n0": 100, "n": 900, "alpha": 0.01}
+    assert told.header.smoothing == smoothed["settings"]
+    assert "commonest answer under Gaussian noise of 0.1 (not the file), at confidence 0.99 for each image" in said
+    assert "1,000 forward passes for each of 20 images, about" in said
+    proved = audit(*given, "--certify", "crown", "--json", tmp_path / "p.json", "--evidence", tmp_path / "p.jsonl")
+    assert proved[0] == 0
+    both = ("--certify", "crown,etb,smoothing", "--sigma", 0.1, "--n", 900, "--json", tmp_path / "b.json")
+    assert audit(*given, *both)[0] == 0
+    assert (
+        json.loads((tmp_path / "b.json").read_text())["certified"]
+        == json.loads((tmp_path / "p.json").read_text())["certified"]
+    )
+
+
+def test_smoothing_says_first_where_no_radius_can_reach_eps(audit: Audit, tmp_path: Path) -> None:
+    given = ("--threat", "l2:0.5", "--attack", "fgsm", "--limit", 2, "--certify", "smoothing", "--n", 100)
+    status, said, _ = audit(file(tmp_path / "m.onnx"), *DIGITS[:4], *given)
+    assert status == 0
+    assert "note: no radius beyond 0.3751 can come of 100 copies with sigma 0.25 and alpha 0.001" in said
+    assert "nothing can hold at eps 0.5: raise --sigma or --n" in said
+
+
 def test_a_file_of_images_without_a_test_part_is_taken_whole(audit: Audit, tmp_path: Path) -> None:
     test = Digits().read(Path()).test
     np.savez(tmp_path / "own.npz", images=test.images[:30].numpy(), labels=test.labels[:30].numpy())
@@ -295,7 +339,9 @@ def test_data_outside_the_range_and_labels_beyond_the_outputs(audit: Audit, tmp_
         (["m.onnx", "--attack", "transfer"], "transfer: path: Field required; audit takes attacks as they stand"),
         (["m.onnx", "--attack", "carlini_wagner", "--threat", "linf:0.1"], "carlini_wagner: expected a threat in l2"),
         (["m.onnx", "--certify", "ipb"], 'no method "ipb" in bounds; did you mean "ibp"?'),
-        (["m.onnx", "--certify", "etb"], "etb estimates bounds and proves nothing"),
+        (["m.onnx", "--certify", "smoothing"], "smoothing: expected a threat in l2, in which Gaussian noise gives"),
+        (["m.onnx", "--certify", "smoothing", "--sigma", "0"], "--certify: sigma: Input should be greater than 0"),
+        (["m.onnx", "--n", "500"], "--n: expected --certify smoothing too, whose setting it is"),
         (["m.onnx", "--data", "digit"], 'no data set "digit", and no such file or folder; did you mean "digits"?'),
         (["m.onnx", "--data", "mnist"], "MNIST/raw/train-images-idx3-ubyte.gz: do"),
         (["m.onnx", "--limit", "0"], "argument --limit: expected a whole number of at least 1"),

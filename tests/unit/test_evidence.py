@@ -86,10 +86,10 @@ def test_the_documentation_names_every_field() -> None:
         (lambda lines: lines[:0], "expected a header line, got an empty file"),
         (lambda lines: lines[:-1], "the header counts 2 examples, got 1; is the file cut short"),
         (lambda lines: [*lines[:-1], lines[-1][:20]], "line 3: expected JSON"),
-        (lambda lines: [lines[0].replace('"schema_version":2', '"schema_version":3'), *lines[1:]], "schema 2, got 3"),
+        (lambda lines: [lines[0].replace('"schema_version":3', '"schema_version":4'), *lines[1:]], "schema 3, got 4"),
         (lambda lines: [lines[0], lines[1].replace('"label":1', '"label":"one"'), lines[2]], "line 2: label: "),
         (lambda lines: [lines[0], "[]", lines[2]], "line 2: expected a table, got list"),
-        (lambda lines: ['{"examples":2}', *lines[1:]], "line 1: expected evidence of schema 2, got None"),
+        (lambda lines: ['{"examples":2}', *lines[1:]], "line 1: expected evidence of schema 3, got None"),
     ],
 )
 def test_damage_is_named_by_its_line(damage: Damage, message: str, tmp_path: Path) -> None:
