@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.fitting.loop import Loss, fit
@@ -58,21 +58,23 @@ def net(name: str) -> nn.Module:
 
 def _loss(name: str) -> Loss:
     if name == "certified":
-        return _interval_loss
+        return interval_loss(THREAT.eps)
     recipe = Natural() if name == "plain" else AdversarialTraining(steps=7, step=0.3, ramp=0.4)
     return lambda net, x, y, rng, progress: recipe.loss(net, x, y, THREAT, rng, progress)
 
 
-def _interval_loss(
-    net: nn.Module, x: Tensor, y: Tensor, rng: Generator, progress: float
-) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """k CE(f(x), y) + (1 - k) CE(worst logits of the box, y); eps grows and k falls from 1 to 1/2 over 60 %.
+def interval_loss(final: float) -> Loss:
+    """k CE(f(x), y) + (1 - k) CE(worst logits of the box, y); eps grows to `final`, k falls from 1 to 1/2 over 60 %.
 
     Source: Gowal et al. 2018, equations 4 and 12; for sequences of affine layers and ReLU whose normalisation is none.
     """
-    del rng
-    share = min(progress / 0.6, 1.0)
-    eps = THREAT.eps * share
+    return lambda net, x, y, _, progress: _interval_loss(net, x, y, final, min(progress / 0.6, 1.0))
+
+
+def _interval_loss(
+    net: nn.Module, x: Tensor, y: Tensor, final: float, share: float
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    eps = final * share
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     middle, radius = (low + high) / 2, (high - low) / 2
     for layer in net:  # type: ignore[attr-defined]

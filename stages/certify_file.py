@@ -1,4 +1,4 @@
-"""Certified accuracy of the file that ships, and what exactly was proved of it."""
+"""Certified accuracy of the file that ships and of its float32 graph, and what exactly was proved of each."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,18 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.core.measurement import Measurement
+from pipeline.core.measurement import Measurement, exact
 from pipeline.core.record import Outcomes
 from stages.bounds.base import Certifier
 from stages.data.base import Split
 from stages.evaluate import OnStep, outputs
 from stages.measure import accuracy
 from stages.nn.imported import Twin
+from stages.scene import shares
 from stages.shipped import Shipped
 from stages.threat import Threat
 from stages.trial import prove
 
 CERTIFIED = "accuracy.certified.shipped.test"
+FLOAT, GAP = "accuracy.certified.float.test", "gap.certified"
 _INT8 = "the int8 graph, in any order of sums and however kernels fuse its nodes, as onnxruntime runs it"
 _FLOAT = (
     "the float32 graph, in any order of sums, each logit within twice the largest difference seen between it and "
@@ -29,11 +31,13 @@ _FLOAT = (
 
 @dataclass(frozen=True, slots=True)
 class Certified:
-    """The share that is proved, one bit per image; for the manifest what was proved; findings that refuse the file."""
+    """The share that is proved, one bit per image; for the manifest what was proved; for the report how all images
+    fared; findings that refuse the file."""
 
     measurements: tuple[Measurement, ...]
     outcomes: dict[str, Outcomes]
     contract: dict[str, Any]
+    shares: tuple[dict[str, str | int], ...]
     findings: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -47,6 +51,8 @@ def certify_file(
     threat: Threat,
     certifiers: Sequence[Certifier],
     on_step: OnStep,
+    file: str,
+    metric: str = CERTIFIED,
 ) -> Certified:
     """Every image of the split, by each certifier in turn; an image counts that one of them proves.
 
@@ -69,8 +75,9 @@ def certify_file(
     for margins in found.margins.values():
         hits |= right & (margins > 2 * gap)
     broken = int((hits & ~alive).sum())
-    number, outcomes = accuracy(CERTIFIED, hits, split.indices)
+    number, outcomes = accuracy(metric, hits, split.indices)
     told = {
+        "file": file,
         "sha256": hashlib.sha256(network).hexdigest(),
         "covers": _INT8 if twin.rounds else _FLOAT,
         "threat": threat.dump(),
@@ -79,5 +86,24 @@ def certify_file(
         "proved": int(hits.sum()),
         "slack": 2 * gap,
     }
-    text = f"{broken} of {int(hits.sum())} images proved for the file were broken on it; must be none"
-    return Certified((number,), outcomes, told, (text,) if broken else (), tuple(notes))
+    text = f"{broken} of {int(hits.sum())} images proved for {file} were broken on it; must be none"
+    bar = shares(file, right, hits, alive)
+    return Certified((number,), outcomes, told, (bar,), (text,) if broken else (), tuple(notes))
+
+
+def beside(shipped: Certified, plain: Certified) -> Certified:
+    """The certificate of the file that runs, with that of the float32 graph on the same images and the gap."""
+    lowered, float32 = (
+        [bits for outcomes in one.outcomes.values() for bits in outcomes.hits()] for one in (shipped, plain)
+    )
+    lost = sum(before and not after for before, after in zip(float32, lowered, strict=True))
+    gained = sum(after and not before for before, after in zip(float32, lowered, strict=True))
+    gap = {"lost": lost, "gained": gained, "share": (lost - gained) / len(lowered)}
+    return Certified(
+        (*shipped.measurements, *plain.measurements, exact(GAP, gap["share"], "fraction")),
+        shipped.outcomes | plain.outcomes,
+        {**shipped.contract, "float": plain.contract, "gap": gap},
+        (*plain.shares, *shipped.shares),
+        (*shipped.findings, *plain.findings),
+        (*shipped.notes, *(f"the float32 graph: {note}" for note in plain.notes)),
+    )

@@ -13,7 +13,9 @@ around the lowered network: validate's inputs are replayed, then its adaptive at
 and memory are those of network and detector together.
 """
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,18 +29,20 @@ from stages.attachment import TABLE, Attachment
 from stages.attacks.base import FOLDER as ATTACKS
 from stages.attacks.base import QUICK, AttackSet
 from stages.bounds.base import AnyCertifier
-from stages.certify_file import CERTIFIED, certify_file
+from stages.certify_file import CERTIFIED, FLOAT, GAP, Certified, beside, certify_file
 from stages.detectors.base import FOLDER as DETECTORS
-from stages.evaluate import OnStep, frozen
+from stages.evaluate import OnStep, correct, frozen
 from stages.lowering import calibration, check_export, lower
 from stages.method import Value
-from stages.nn import checkpoint
+from stages.nn import _atomic, checkpoint
 from stages.nn.fold import dense, fold
 from stages.nn.imported import imported
 from stages.nn.to_onnx import export
 from stages.oracle import Logits
+from stages.scene import json_bytes
 from stages.shipped import Shipped
 from stages.task import Splits, Task
+from stages.threat import Threat
 from stages.tuning import sample
 from targets.lowering.apply import check_passes, passes_for
 from targets.runtime.ort import OrtEngine
@@ -48,7 +52,8 @@ LIBRARIES = ("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "safetensors
 READS = (ATTACKS, DETECTORS)
 
 PassSpec = str | dict[str, Any]
-_FIGURES = ("figures.json", "images/")
+FIGURES = "figures.json"
+_FIGURES = (FIGURES, "images/")
 WITH_DETECTOR = detection.names("shipped.test")
 
 
@@ -58,7 +63,8 @@ class Config(Value):
     `machine` is the device's kind of processor where it is not this machine: then speed is owed and not measured here.
     `attacks` go through the file (gradients through its torch twin), on the test images together with those of validate
     that are not among them, so that file and float network stand up to the same. `certify` proves the file itself, on
-    the same images; "quantised" covers int8, and is what a limit on `accuracy.certified.shipped.test` brings in. For
+    the same images; "quantised" covers int8, and is what a limit on `accuracy.certified.shipped.test` brings in. Of a
+    lowered file the float32 graph beside it is certified too, and the gap is told. For
     TensorRT the proof is of the graph as onnxruntime runs it, not of the engine that the device builds. `calibration`
     images, half of them attacked, fix the ranges of int8. `holdout_samples` bounds the images on which attempts are
     judged.
@@ -102,7 +108,8 @@ def measures(config: Config, task: Mapping[str, Any]) -> frozenset[str]:
     names |= {"parity.logits", "parity.top1", "size.model", "size.bundle"}
     names |= {"memory.peak"} if config.runtime == "onnxruntime" else set()
     names |= {"latency.p50", "latency.p95"} if config.measures_speed else set()
-    names |= {CERTIFIED} if config.certify else set()
+    if config.certify:
+        names |= {CERTIFIED, FLOAT, GAP} if passes_for(config.precisions, config.precision) else {CERTIFIED}
     return frozenset(names | WITH_DETECTOR)
 
 
@@ -151,16 +158,7 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
             findings = (*findings, *(f"{found.name}: {found.text}" for found in guarded.findings if not found.ok))
         certified = None
         if config.certify:
-            certified = certify_file(
-                lowered.network,
-                twin.eval(),
-                shipped,
-                with_test.split,
-                with_test.alive,
-                threat,
-                config.certify,
-                _counting(ctx, "certify the file"),
-            )
+            certified = _certified(plain, lowered.network, shipped, with_test, files, threat, config, ctx)
             findings = (*findings, *certified.findings)
             for note in certified.notes:
                 ctx.emit("note", {"text": note})
@@ -198,12 +196,51 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
     if certified is not None:
         measured, outcomes = measured + certified.measurements, outcomes | certified.outcomes
     kept = {name: path for name, path in files.items() if name.startswith(_FIGURES)}
+    if certified is not None and FIGURES in kept:
+        kept[FIGURES] = _with_bars(kept[FIGURES], certified, ctx.scratch / FIGURES)
     return Result(
         files={**kept, **{f"bundle/{name}": path for name, path in bundle.items()}},
         measurements=(*measured, *parity, *sizes, *speed),
         outcomes=outcomes,
         findings=findings,
     )
+
+
+def _certified(
+    plain: bytes,
+    network: bytes,
+    shipped: Shipped,
+    struck: remeasure.Struck,
+    files: Files,
+    threat: Threat,
+    config: Config,
+    ctx: Context,
+) -> Certified:
+    """Of the file that runs and, where that is a lowered one, of the float32 graph beside it."""
+    name = packing.model_name(config.precision)
+    step = _counting(ctx, f"certify {name}")
+    split = struck.split
+    found = certify_file(
+        network, imported(network).eval(), shipped, split, struck.alive, threat, config.certify, step, name
+    )
+    if network == plain:
+        return found
+    twin = imported(plain).eval()
+    graph = Shipped(OrtEngine(plain, config.threads), twin)
+    # What broke the float32 network, and what broke the lowered file, put to the float32 file.
+    points = (remeasure.replayed(files, split, threat), struck.x_adv)
+    alive = torch.stack([correct(graph, x_adv, split.labels) for x_adv in points]).all(0)
+    step = _counting(ctx, "certify model.onnx")
+    other = certify_file(plain, twin, graph, split, alive, threat, config.certify, step, "model.onnx", FLOAT)
+    return beside(found, other)
+
+
+def _with_bars(figures: Path, certified: Certified, out: Path) -> Path:
+    """Validate's figures and one bar more for each file that was certified."""
+    found = json.loads(figures.read_bytes())
+    found["verdicts"] = [*found.get("verdicts", []), *certified.shares]
+    _atomic.write(out, json_bytes(found))
+    return out
 
 
 def _attachment(files: Files, splits: Splits, config: Config, ctx: Context) -> Attachment | None:

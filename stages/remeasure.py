@@ -84,6 +84,13 @@ def on_test(
     return found, findings
 
 
+def replayed(files: Files, split: Split, threat: Threat) -> Tensor:
+    """Validate's adversarial examples for the images of `split`, float32 [N, C, H, W], within the threat."""
+    stored = tensors_of(files["adversarial.safetensors"].read_bytes())
+    order = positions(stored["indices"], split.indices)
+    return threat.project(stored["x_adv"][order], split.floats())
+
+
 def same_attacks(attacks: Sequence[Attack], told: evidence.Evidence) -> tuple[Attack, ...]:
     """`attacks`, and those that struck the float network and are not among them.
 

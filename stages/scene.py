@@ -99,9 +99,29 @@ def write(
             for name, attack in struck.attacks.items()
         ],
     }
-    _atomic.write(out / "figures.json", _json(figures))
+    if proved.leads:
+        any_proved = torch.stack(list(proved.certified(scene.right).values())).any(0)
+        figures["verdicts"] = [shares("the float32 network", scene.right, any_proved, struck.alive)]
+    _atomic.write(out / "figures.json", json_bytes(figures))
     pictures = [name for _, picture in names for name in picture.values()]
     return {name: out / name for name in ("evidence.jsonl", "adversarial.safetensors", "figures.json", *pictures)}
+
+
+def shares(of: str, right: Tensor, proved: Tensor, alive: Tensor) -> dict[str, str | int]:
+    """One bar of the report: every image is proved, broken or open; `wrong` of the broken ones needed no attack.
+
+    right, proved, alive: bool [N]. A proof that an attack broke is none.
+    """
+    standing = right & alive
+    held = int((proved & standing).sum())
+    return {
+        "of": of,
+        "images": len(right),
+        "proved": held,
+        "open": int(standing.sum()) - held,
+        "broken": int((~standing).sum()),
+        "wrong": int((~right).sum()),
+    }
 
 
 def examples(scene: Scene, struck: Struck, proved: Proved) -> list[evidence.Example]:
@@ -172,5 +192,6 @@ def _finite(value: float) -> float | None:
     return value if value > float("-inf") else None
 
 
-def _json(data: dict[str, Any]) -> bytes:
+def json_bytes(data: dict[str, Any]) -> bytes:
+    """Equal data gives equal bytes."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

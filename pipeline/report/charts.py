@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from pipeline.report import words
-from pipeline.report.figures import CurvePoint
+from pipeline.report.figures import CurvePoint, Shares
 from pipeline.report.rows import Bar, Scatter
 
 W, H = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 14, 44
 _COLOURS = ("robust", "clean", "certified", "fourth", "fifth")
+_BAR, _NARROW = 720, 290  # pixels that a bar has at least, on a wide page and on a narrow one
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 Scale = Callable[[float], float]
 
@@ -51,6 +52,33 @@ def margin_bar(bar: Bar) -> str:
             f'<text x="{x(bar.bound):.1f}" y="33" text-anchor="{anchor}">limit {escape(bound)}</text></svg>',
         ]
     )
+
+
+def shares_bar(shares: Shares) -> str:
+    """Proved, open and broken as parts of one bar in this order, each with its share in it where there is room.
+
+    It grows in width alone, so letters keep their size; what fits is asked for a wide page and for a narrow one. What
+    is open is hatched, so that colours are not needed to tell the parts apart.
+    """
+    counts = {"proved": shares.proved, "open": shares.open, "broken": shares.broken}
+    told = ", ".join(f"{name} {count} of {shares.images}" for name, count in counts.items())
+    label = escape(f"{shares.of}: {told}")
+    parts = [f'<svg class="shares" role="img" aria-label="{label}"><title>{label}</title>']
+    at = 0.0
+    for name, count in counts.items():
+        share = 100 * count / shares.images
+        parts.append(f'<rect class="part-{name}" x="{at:.2f}%" y="0" width="{share:.2f}%" height="100%"/>')
+        if name == "open":
+            marks = (f"{at + 0.6 * k:.2f}" for k in range(1, math.ceil(share / 0.6)))
+            parts += [f'<line class="hatch" x1="{x}%" x2="{x}%" y1="0" y2="100%"/>' for x in marks]
+        number = words.quantity(count / shares.images, "fraction")
+        for width, kind in ((_BAR, "roomy"), (_NARROW, "tight")):
+            fits = (text for text in (f"{name} {number}", number) if 8 * len(text) + 12 <= share / 100 * width)
+            if text := next(fits, ""):
+                place = f'x="{at + share / 2:.2f}%" y="23" text-anchor="middle"'
+                parts.append(f'<text class="{kind} on-{name}" {place}>{text}</text>')
+        at += share
+    return "".join([*parts, "</svg>"])
 
 
 def curve(points: Sequence[CurvePoint], eps: float | None) -> str:

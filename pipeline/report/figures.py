@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.core.record import RunRecord
 
@@ -54,6 +54,23 @@ class Twins(_Lenient):
     adversarial_prediction: int | str
 
 
+class Shares(_Lenient):
+    """How the images fared of which file; proved, open and broken add up. `wrong` of the broken needed no attack."""
+
+    of: str
+    images: int = Field(ge=1)
+    proved: int = Field(ge=0)
+    open: int = Field(ge=0)
+    broken: int = Field(ge=0)
+    wrong: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Shares":
+        if self.proved + self.open + self.broken != self.images or self.wrong > self.broken:
+            raise ValueError(f"{self.proved} + {self.open} + {self.broken} images are not {self.images}")
+        return self
+
+
 class Finding(_Lenient):
     """One validity check of an attack result."""
 
@@ -70,6 +87,7 @@ class Figures:
     confusion: Confusion | None = None
     twins: tuple[Twins, ...] = ()
     validity: tuple[Finding, ...] = ()
+    verdicts: tuple[Shares, ...] = ()
     attacks: tuple[dict[str, Any], ...] = ()
     training: tuple[dict[str, Any], ...] = ()
     compression: tuple[dict[str, Any], ...] = ()
@@ -104,6 +122,7 @@ def read_figures(files: Mapping[str, Path] | Path | None) -> Figures:
         confusion=_confusion(table, problems),
         twins=tuple(_items(Twins, table, "images", problems)),
         validity=tuple(_items(Finding, table, "validity", problems)),
+        verdicts=tuple(_items(Shares, table, "verdicts", problems)),
         attacks=_rows(table.get("attacks")),
         training=_rows(_json(files, TRAINING, problems)),
         compression=_rows(_json(files, COMPRESSION, problems)),

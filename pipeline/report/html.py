@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from pipeline import __version__
 from pipeline.report import charts
-from pipeline.report.figures import CurvePoint
+from pipeline.report.figures import CurvePoint, Shares
 from pipeline.report.rows import Bar, Scatter, View
 from pipeline.report.view import SERIES
 
@@ -26,6 +26,7 @@ def render(view: View) -> str:
         version=__version__,
         training=_training(view.training),
         bar=_bar,
+        shares=_shares,
         scatter=_scatter,
         curve=_curve,
         heat_map=_heat_map,
@@ -53,6 +54,10 @@ def _code(text: str) -> Markup:
 # Markup is safe here because `charts` escapes every word it is given.
 def _bar(bar: Bar) -> Markup:
     return Markup(charts.margin_bar(bar))
+
+
+def _shares(shares: Shares) -> Markup:
+    return Markup(charts.shares_bar(shares))
 
 
 def _scatter(plot: Scatter) -> Markup:

@@ -33,6 +33,13 @@ def render(view: View) -> str:
         )
         parts.append(_table(("metric", "stage", "baseline", "now", "change", "why"), rows))
     parts += ["## The line, stage by stage", *_stages(view)]
+    if view.verdicts:
+        counts = (
+            (v.of, *(_part(count, v.images) for count in (v.proved, v.open, v.broken)), str(v.wrong), str(v.images))
+            for v in view.verdicts
+        )
+        head = ("of", "proved", "open", "broken", "of these wrong without an attack", "images")
+        parts += ["## Proved, open and broken", _table(head, counts)]
     for plot in view.scatters:
         points = (
             (
@@ -94,6 +101,10 @@ def _stages(view: View) -> Iterable[str]:
         yield _list(
             tuple(f"set aside: {a.overrides or 'as configured'}: {'; '.join(a.refusals) or KEPT}" for a in aside)
         )
+
+
+def _part(count: int, images: int) -> str:
+    return f"{count} ({words.quantity(count / images, 'fraction')})"
 
 
 def _time(attempt: AttemptView) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.report.figures import Confusion, CurvePoint, Finding
+from pipeline.report.figures import Confusion, CurvePoint, Finding, Shares
 
 Status = Literal["passed", "refused", "set aside", "not reached"]
 
@@ -159,6 +159,7 @@ class View:
     confused: tuple[str, ...]
     twins: tuple[TwinView, ...]
     validity: tuple[Finding, ...]
+    verdicts: tuple[Shares, ...]
     attacks: Table | None
     training: tuple[Mapping[str, Any], ...]
     tables: tuple[Table, ...]

@@ -60,6 +60,7 @@ def view(
         confused=_confused(found.confusion),
         twins=_twins(found),
         validity=found.validity,
+        verdicts=found.verdicts,
         attacks=_table("Attacks that were run", found.attacks, ("name", "label", "broken")),
         training=found.training,
         tables=tuple(t for t in (_table("Compression", found.compression), _table("Training", found.training)) if t),

@@ -79,6 +79,7 @@ def metric_title(name: str) -> str:
         "latency.p95": "latency, 95th percentile",
         "parity.logits": "largest change of a logit by export",
         "parity.top1": "same answer after export",
+        "gap.certified": "share of images whose proof lowering costs",
     }
     return known.get(name, name.replace(".", " "))
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,6 +206,32 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(honest: tuple[Path, Result
     assert digests(run(folder, digits_model(recipe="at"), watch, scratch)) == digests(result)
     for name in ("pgd", "apgd", "square"):
         assert (f"attack: {name} (quick)" in watch.labels) == (f"attack-{name}" not in finished)
+
+
+def test_a_planted_unsound_certifier_is_refused_by_the_gate(
+    honest: tuple[Path, Result, Watch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it proves needs no attack but for 50 of them at random, and these are enough."""
+    monkeypatch.syspath_prepend(PLANTED)
+    files = {name: honest[1].files[name] for name in (checkpoint.ARCH, checkpoint.WEIGHTS)}
+    config = validate.Config.load({**SMALL, "certify": ["temper_liar"]})
+    ctx = Context(task=TASK, data_root=tmp_path, seed=5, scratch=tmp_path / "s", emit=Watch())
+    result = validate.run(files, config, ctx)
+    (told,) = (text for text in result.findings if text.startswith("sound_temper_liar"))
+    assert re.search(r": [1-9]\d* of \d+ examples that temper_liar proved were broken by an attack", told)
+    (bar,) = json.loads(result.files["figures.json"].read_bytes())["verdicts"]
+    assert bar["open"] == 0 < bar["broken"] - bar["wrong"]
+    assert bar["proved"] + bar["broken"] == bar["images"] == 120
+
+
+def test_the_bar_of_the_report_counts_what_the_evidence_says(honest: tuple[Path, Result, Watch]) -> None:
+    files = honest[1].files
+    rows = evidence.read(files["evidence.jsonl"]).examples
+    (bar,) = read_figures(dict(files)).verdicts
+    assert (bar.of, bar.images) == ("the float32 network", 120)
+    assert bar.proved == sum(any(row.certified.values()) for row in rows)
+    assert bar.broken == sum(row.broken_by is not None for row in rows)
+    assert bar.wrong == sum(row.broken_by == "clean" for row in rows)
 
 
 def test_a_planted_masked_network_is_refused_by_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 `python -m tests.unit.report.test_report_render` makes the golden files again; look at what changed before committing.
 """
 
+import json
 from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
@@ -125,9 +126,46 @@ def test_every_picture_has_words(tmp_path: Path) -> None:
     assert labelled >= 12
 
 
+def test_the_bar_says_what_is_proved_open_and_broken_in_words_too(tmp_path: Path) -> None:
+    page = Page(pages(tmp_path)["passed"])
+    labels = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
+    assert "model.int8.onnx: proved 31 of 1000, open 752 of 1000, broken 217 of 1000" in labels
+    wide = [float(value.removesuffix("%")) for tag, name, value in page.attributes if tag == "rect" and name == "width"
+            and value.endswith("%") and value != "100%"]  # fmt: skip
+    assert wide == [41.2, 37.8, 21.0] * 2 + [3.1, 75.2, 21.7]
+    for words in ("proved 41.2 %", "open 75.2 %", "proved 31", "broken 217, 40 of them without an attack"):
+        assert any(words in word for word in page.words), words
+    assert not any("3.1 %" in word for word in page.words)  # it would not fit
+    assert "| model.int8.onnx | 31 (3.1 %) | 752 (75.2 %) | 217 (21.7 %) | 40 | 1000 |" in markdown.render(
+        view(sample.passed(), sample.figures(tmp_path))
+    )
+
+
+def test_shares_that_do_not_add_up_are_named_and_not_drawn(tmp_path: Path) -> None:
+    path = sample.figures(tmp_path) / "figures.json"
+    table = json.loads(path.read_text())
+    table["verdicts"][0]["open"] += 1
+    path.write_text(json.dumps(table))
+    shown = view(sample.passed(), tmp_path)
+    assert shown.verdicts == ()
+    assert any("verdicts does not fit" in problem for problem in shown.problems)
+    assert 'id="proved"' not in html.render(shown)
+
+
 def test_the_page_shows_every_section(tmp_path: Path) -> None:
     text = pages(tmp_path)["compared"]
-    for heading in ("baseline", "line", "cost", "curve", "confusion", "images", "validity", "meaning", "lineage"):
+    for heading in (
+        "baseline",
+        "line",
+        "proved",
+        "cost",
+        "curve",
+        "confusion",
+        "images",
+        "validity",
+        "meaning",
+        "lineage",
+    ):
         assert f'id="{heading}"' in text
     assert "2 of 24 numbers regressed" in text
     refused = pages(tmp_path)["refused"]

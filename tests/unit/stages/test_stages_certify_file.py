@@ -1,5 +1,6 @@
 """What is proved of a file: counted as it should be, refuted by an attack, and asked for by a limit."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from stages import export
 from stages.bounds.base import Certifier
 from stages.bounds.ibp import IBP
 from stages.bounds.quantised import Quantised
-from stages.certify_file import CERTIFIED, Certified, certify_file
-from stages.nn.imported import imported
+from stages.certify_file import CERTIFIED, Certified, beside, certify_file
+from stages.nn.imported import Twin, imported
 from stages.seeding import derive
 from stages.shipped import Shipped, survivors
 from stages.threat import Threat
@@ -22,26 +23,43 @@ from tests.unit.bounds.test_bounds_quantised import lowered
 THREAT = Threat(norm="linf", eps=0.01)
 
 
-def certified(path: Path, certifiers: tuple[Certifier, ...], alive: torch.Tensor | None = None) -> Certified:
-    test = digits().test.select(torch.arange(40))
-    twin = imported(path)
-    shipped = Shipped(OrtEngine(path), twin)
-    if alive is None:
-        attacks = export.Config().attacks
-        x = test.floats()
-        _, alive, _ = survivors(shipped, attacks, x, test.labels, x, THREAT, derive(0, "t"))
-    assert alive is not None
+@pytest.fixture(scope="module", name="folder")
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    lowered(folder, "cpu")
+    return folder
+
+
+@cache
+def twin_of(path: Path) -> Twin:
+    return imported(path)
+
+
+@cache
+def standing(path: Path) -> torch.Tensor:
+    """What the quick attacks leave of the file."""
+    test, shipped = digits().test.select(torch.arange(40)), Shipped(OrtEngine(path), twin_of(path))
+    x = test.floats()
+    return survivors(shipped, export.Config().attacks, x, test.labels, x, THREAT, derive(0, "t"))[1]
+
+
+@cache
+def certified(path: Path, certifiers: tuple[Certifier, ...], refuted: bool = False) -> Certified:
+    test, shipped = digits().test.select(torch.arange(40)), Shipped(OrtEngine(path), twin_of(path))
+    alive = torch.zeros(40, dtype=torch.bool) if refuted else standing(path)
     steps: list[tuple[int, int]] = []
-    found = certify_file(
-        path.read_bytes(), twin, shipped, test, alive, THREAT, certifiers, lambda *step: steps.append(step)
-    )
+
+    def step(done: int, total: int) -> None:
+        steps.append((done, total))
+
+    network, twin = path.read_bytes(), twin_of(path)
+    found = certify_file(network, twin, shipped, test, alive, THREAT, certifiers, step, path.name)
     assert steps[-1] == (40, 40)
     return found
 
 
-def test_an_int8_file_is_proved_in_part_and_no_attack_breaks_that_part(tmp_path: Path) -> None:
-    lowered(tmp_path, "cpu")
-    found = certified(tmp_path / "cpu.onnx", (IBP(), Quantised()))
+def test_an_int8_file_is_proved_in_part_and_no_attack_breaks_that_part(folder: Path) -> None:
+    found = certified(folder / "cpu.onnx", (IBP(), Quantised()))
     assert found.findings == ()
     assert 10 < found.contract["proved"] == found.measurements[0].value * 40 <= 40
     assert found.contract["slack"] == 0
@@ -51,18 +69,31 @@ def test_an_int8_file_is_proved_in_part_and_no_attack_breaks_that_part(tmp_path:
     assert sum(found.outcomes[CERTIFIED].hits()) == found.contract["proved"]
 
 
-def test_a_float_file_is_proved_up_to_what_onnxruntime_was_seen_to_differ(tmp_path: Path) -> None:
-    lowered(tmp_path, "cpu")
-    found = certified(tmp_path / "plain.onnx", (Quantised(),))
+def test_a_float_file_is_proved_up_to_what_onnxruntime_was_seen_to_differ(folder: Path) -> None:
+    found = certified(folder / "plain.onnx", (Quantised(),))
     assert found.findings == ()
     assert 0 < found.contract["slack"] < 1e-3
     assert "measured, not proved" in found.contract["covers"]
 
 
-def test_a_proof_that_an_attack_broke_refuses_the_file(tmp_path: Path) -> None:
-    lowered(tmp_path, "cpu")
-    found = certified(tmp_path / "cpu.onnx", (Quantised(),), torch.zeros(40, dtype=torch.bool))
-    assert "images proved for the file were broken on it; must be none" in found.findings[0]
+def test_a_proof_that_an_attack_broke_refuses_the_file(folder: Path) -> None:
+    found = certified(folder / "cpu.onnx", (Quantised(),), refuted=True)
+    assert "images proved for cpu.onnx were broken on it; must be none" in found.findings[0]
+    (bar,) = found.shares
+    assert (bar["proved"], bar["open"], bar["broken"]) == (0, 0, 40)
+
+
+def test_the_gap_is_counted_image_by_image(folder: Path) -> None:
+    int8, plain = (certified(folder / name, (Quantised(),)) for name in ("cpu.onnx", "plain.onnx"))
+    both = beside(int8, plain)
+    before, after = (one.outcomes[CERTIFIED].hits() for one in (plain, int8))
+    told = both.contract["gap"]
+    assert told["lost"] == sum(a and not b for a, b in zip(before, after, strict=True)) > 0
+    assert told["share"] == both.measurements[-1].value == (sum(before) - sum(after)) / 40
+    assert both.contract["float"]["sha256"] != both.contract["sha256"]
+    assert both.contract["float"]["file"] == "plain.onnx"
+    assert [bar["of"] for bar in both.shares] == ["plain.onnx", "cpu.onnx"]
+    assert all(bar["proved"] + bar["open"] + bar["broken"] == bar["images"] == 40 for bar in both.shares)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(

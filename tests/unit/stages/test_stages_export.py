@@ -126,7 +126,8 @@ def test_the_files_and_their_sizes(
     figures = {file for file in validated if file.startswith(("figures.json", "images/"))}
     assert figures
     assert set(files) - {f"bundle/{file}" for file in bundle} == figures
-    assert all(files[file] == validated[file] for file in figures)
+    drawn = {file for file in figures if file.startswith("images/") or name == "tensorrt"}
+    assert all(files[file] == validated[file] for file in drawn)
     found = numbers(made[name])
     assert found["size.model"] == files[f"bundle/{model}"].stat().st_size
     assert found["size.bundle"] == sum(files[f"bundle/{file}"].stat().st_size for file in bundle)
@@ -146,6 +147,30 @@ def test_the_contract_says_what_was_proved_of_which_file(
     assert told["threat"]["eps"] == contract["threat"]["eps"]
     assert told["images"] == 60
     assert told["proved"] == numbers(made[name])["accuracy.certified.shipped.test"] * 60
+    assert told["file"] == contract["model"]
+    bars = json.loads(made[name].files["figures.json"].read_bytes())["verdicts"]
+    assert bars[0] == json.loads(validated["figures.json"].read_bytes())["verdicts"][0]
+    assert [bar["of"] for bar in bars[1:]] == ["model.onnx", "model.int8.onnx"][: 1 + (name == "int8")]
+    assert bars[-1]["proved"] == told["proved"]
+    if name == "int8":
+        assert told["float"]["sha256"] == digests(made[name].files)["bundle/model.onnx"]
+        share = (told["float"]["proved"] - told["proved"]) / 60
+        assert told["gap"]["share"] == numbers(made[name])["gap.certified"] == pytest.approx(share)
+        assert numbers(made[name])["accuracy.certified.float.test"] * 60 == told["float"]["proved"]
+    else:
+        assert "float" not in told
+
+
+def test_an_unsound_certifier_refuses_the_file(
+    validated: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It "proves" every image that the file reads rightly, and attacks broke some of these on both files."""
+    monkeypatch.syspath_prepend(PLANTED)
+    config = export.Config.load({**CONFIGS["int8"], "certify": ["temper_liar"]})
+    result = export.run(validated, config, context(tmp_path / "liar"))
+    broken = [text for text in result.findings if "were broken on it; must be none" in text]
+    assert [text.split()[6] for text in broken] == ["model.int8.onnx", "model.onnx"]
+    assert all(int(text.split()[0]) > 0 for text in broken)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

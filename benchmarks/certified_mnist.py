@@ -1,0 +1,136 @@
+"""An MNIST network of ours trained for proofs: what each method proves of it, in the order that theory demands.
+
+    TEMPER_DATA=../shared/data OMP_NUM_THREADS=1 python -m benchmarks.certified_mnist --images 500
+
+Two networks of one architecture (Wong and Kolter 2018, small), trained by interval bounds: for eps 0.1 at 0.15, for eps
+0.3 at 0.35. Trained once, then read from runs/benchmarks/certified. Every method judges every image that is read
+rightly, by itself and not in a cascade. The order must hold image by image: what IBP proves CROWN-IBP proves, and so on
+to branch and bound, and nothing that is proved is broken; where it does not the status is 1. CROWN-IBP returns the
+larger of its own bound and IBP's, CROWN only ever tightens boxes, alpha-CROWN and branch and bound never fall below
+CROWN: but with other boxes CROWN's slopes may turn, so that alone of the pairs is expected rather than proved.
+"""
+
+import argparse
+import os
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.attack_nets import ARCH, interval_loss
+from pipeline.core.measurement import wilson
+from stages.attacks.pgd import PGD
+from stages.bounds.alpha_crown import AlphaCrown
+from stages.bounds.base import Certifier
+from stages.bounds.branch_and_bound import BranchAndBound
+from stages.bounds.crown import Crown
+from stages.bounds.crown_ibp import CrownIBP
+from stages.bounds.ibp import IBP
+from stages.evaluate import correct, frozen, under_attack
+from stages.fitting.loop import fit
+from stages.fitting.optim import Fit
+from stages.nn import checkpoint
+from stages.nn.arch import Model
+from stages.nn.fold import fold
+from stages.task import Splits, Task
+from stages.threat import Threat
+from stages.tuning import initial
+
+FOLDER = Path("runs/benchmarks/certified")
+TRAINED_AT = {0.1: 0.15, 0.3: 0.35}
+_TRAIN, _EPOCHS = 20_000, 20
+_PGD = PGD(steps=100, restarts=3, loss="margin")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=500, help="the first N test images (500)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of branch and bound, for each image (30)")
+    parser.add_argument("--batch", type=int, default=25, help="images in one call of a certifier (25)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    sound = [_rows(eps, args.images, args.seconds, args.batch) for eps in TRAINED_AT]
+    raise SystemExit(0 if all(sound) else 1)
+
+
+def data() -> Splits:
+    """MNIST under the folder that TEMPER_DATA names."""
+    root = Path(os.environ.get("TEMPER_DATA", "../shared/data"))
+    return Task.load({"data": {"kind": "mnist"}, "threat": {"norm": "linf", "eps": 0.1}}).open(root)
+
+
+def net(eps: float) -> nn.Module:
+    """The network for one eps, trained where it is not stored yet."""
+    folder = FOLDER / f"{eps:g}"
+    if not (folder / checkpoint.WEIGHTS).is_file():
+        split, start = data().train, time.process_time()
+        settings = {"epochs": _EPOCHS, "batch": 100, "optimiser": "adam", "lr": 1e-3, "weight_decay": 0.0}
+        config = Fit.load({**settings, "precision": "fp32"})
+        made = fit(
+            initial(ARCH, 0), split.images[:_TRAIN], split.labels[:_TRAIN], interval_loss(TRAINED_AT[eps]), config, 0
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(Model(ARCH, made), folder)
+        print(
+            f"trained at eps {TRAINED_AT[eps]:g}, {_TRAIN} images, {_EPOCHS} epochs, {time.process_time() - start:.0f} s"
+        )
+    return fold(checkpoint.load(folder / checkpoint.ARCH, folder / checkpoint.WEIGHTS).net.eval())
+
+
+def _rows(eps: float, images: int, seconds: float, batch: int) -> bool:
+    test, threat = data().test, Threat(norm="linf", eps=eps)
+    x, y = test.floats(slice(0, images)), test.labels[:images]
+    with frozen(net(eps)) as model:
+        print(
+            f"\neps {eps:g}, {len(x)} test images\n| | share | 95 % | of {len(x)} | CPU s | s per image |\n"
+            + "| --- " * 6
+            + "|"
+        )
+        start = time.process_time()
+        right = correct(model, x, y)
+        _print("clean", right, time.process_time() - start, len(x))
+        start = time.process_time()
+        held, _ = under_attack(model, _PGD, x, y, threat, 0)
+        _print(f"PGD, {_PGD.steps} steps x {_PGD.restarts}", held, time.process_time() - start, int(right.sum()))
+        chain: list[tuple[str, Tensor]] = []
+        methods: tuple[Certifier, ...] = (IBP(), CrownIBP(), Crown(), AlphaCrown(), BranchAndBound(seconds=seconds))
+        for method in methods:
+            proved, spent = _proved(model, x, y, right, threat, method, batch)
+            _print(method.kind, proved, spent, int(right.sum()))
+            chain.append((method.kind, proved))
+    chain.append(("PGD", held))
+    unsettled = held & ~chain[-2][1]
+    print(f"neither proved nor broken: {int(unsettled.sum())} of {len(x)}")
+    wrong = [
+        f"{int((first & ~second).sum())} images that {one} has, {other} has not"
+        for (one, first), (other, second) in pairwise(chain)
+        if bool((first & ~second).any())
+    ]
+    print("; ".join(wrong) or "the order holds for every image")
+    return not wrong
+
+
+def _proved(
+    model: nn.Module, x: Tensor, y: Tensor, right: Tensor, threat: Threat, method: Certifier, batch: int
+) -> tuple[Tensor, float]:
+    proved, rows = torch.zeros_like(right), right.nonzero().flatten()
+    start = time.process_time()
+    for part in rows.split(batch):
+        with torch.no_grad():
+            proved[part] = method.margins(model, x[part], y[part], threat) > 0
+    return proved, time.process_time() - start
+
+
+def _print(name: str, hits: Tensor, seconds: float, over: int) -> None:
+    count, total = int(hits.sum()), len(hits)
+    low, high = wilson(count, total)
+    print(
+        f"| {name} | {count / total:.3f} | [{low:.3f}, {high:.3f}] | {count} | {seconds:.1f} | {seconds / over:.3g} |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
