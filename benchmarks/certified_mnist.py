@@ -73,9 +73,8 @@ def net(eps: float) -> nn.Module:
         )
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.save(Model(ARCH, made), folder)
-        print(
-            f"trained at eps {TRAINED_AT[eps]:g}, {_TRAIN} images, {_EPOCHS} epochs, {time.process_time() - start:.0f} s"
-        )
+        spent = time.process_time() - start
+        print(f"trained at eps {TRAINED_AT[eps]:g} on {_TRAIN} images for {_EPOCHS} epochs: {spent:.0f} s")
     return fold(checkpoint.load(folder / checkpoint.ARCH, folder / checkpoint.WEIGHTS).net.eval())
 
 
