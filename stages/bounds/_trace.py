@@ -1,67 +1,27 @@
 """Network -> list of primitive operations, so that a layer made of primitives needs no code in this folder.
 
-`torch.export` follows the network with a symbolic batch and lowers it to core ATen; activations that bounds can treat
-better whole (SiLU, GELU, hard swish, ...) and adaptive pooling are left whole. A trace holds structure and names, no
+The network is recorded twice (`_record`), on 2 and on 3 images of different content. Both recordings have to be the
+same but for sizes in the ratio 2 : 3, which stand for the count of images. A trace holds structure and names, no
 weights: those are read from the network at every use, so a trace survives training and gradients reach the weights.
 """
 
 import math
-import warnings
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+import operator
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
-from torch.fx import Node
-from torch.fx.node import map_arg
 
+from stages.bounds._record import Op, Recording, Ref, fill, substitute
 from stages.method import InputError
 
-_aten = torch.ops.aten
-_WHOLE = (
-    _aten.silu.default,
-    _aten.hardswish.default,
-    _aten.hardsigmoid.default,
-    _aten.gelu.default,
-    _aten.elu.default,
-    _aten.leaky_relu.default,
-    _aten.softplus.default,
-    _aten.adaptive_avg_pool2d.default,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Ref:
-    """A value of the trace, by name."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Op:
-    """One operation: `result = target(*args, **kwargs)`, with a `Ref` wherever a value of the trace goes in.
-
-    `kind` is the operator's name without its overload ("convolution"); `module` the path of the layer it came from.
-    `counts` marks an operation whose result is a whole number (the batch size, say), not a tensor.
-    """
-
-    result: str
-    kind: str
-    target: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    module: str
-    counts: bool = False
-
-    def reads(self) -> tuple[str, ...]:
-        """The names of the values that go in."""
-        found: list[str] = []
-        substitute((self.args, dict(self.kwargs)), lambda ref: found.append(ref.name))
-        return tuple(found)
+__all__ = ["Op", "Ref", "Trace", "fill", "substitute", "trace"]
+_COUNTS = 2, 3  # images in the two recordings
+_ARITHMETIC = frozenset({"add", "sub", "mul", "mm", "bmm", "matmul"})
+_SHAPED = frozenset({"expand", "view", "permute", "unsqueeze", "squeeze", "full", "repeat", "select", "slice"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +52,6 @@ class Trace:
         return values
 
 
-def substitute(tree: Any, swap: Callable[[Ref], Any]) -> Any:
-    """`tree` (nested lists, tuples, mappings) with every `Ref` replaced."""
-    if isinstance(tree, Ref):
-        return swap(tree)
-    if isinstance(tree, list | tuple):
-        return type(tree)(substitute(branch, swap) for branch in tree)
-    if isinstance(tree, dict):
-        return {key: substitute(branch, swap) for key, branch in tree.items()}
-    return tree
-
-
-def fill(tree: Any, values: Mapping[str, Any]) -> Any:
-    """`tree` with every `Ref` replaced by its value."""
-    return substitute(tree, lambda ref: values[ref.name])
-
-
 _kept: WeakKeyDictionary[nn.Module, tuple[Hashable, Trace]] = WeakKeyDictionary()
 
 
@@ -120,7 +64,7 @@ def trace(net: nn.Module, image: Tensor) -> Trace:
     state = _fingerprint(net, image)
     kept = _kept.get(net)
     if kept is None or kept[0] != state:
-        kept = (state, _read(_export(net, image)))
+        kept = (state, _followed(net, image))
         _kept[net] = kept
     return kept[1]
 
@@ -135,59 +79,111 @@ def _fingerprint(net: nn.Module, image: Tensor) -> Hashable:
     return modules, shapes, image.shape[1:], image.dtype, image.device
 
 
-def _export(net: nn.Module, image: Tensor) -> ExportedProgram:
-    example = image.new_zeros((2, *image.shape[1:]))
-    table: dict[Any, Any] = {**torch.export.default_decompositions()}
-    for whole in _WHOLE:
-        table.pop(whole, None)
+def _followed(net: nn.Module, image: Tensor) -> Trace:
+    sizes = image.shape[1:]
+    content = torch.linspace(0.25, 1, math.prod(sizes), dtype=image.dtype, device=image.device).view(sizes)
+    few, many = (Recording(net) for _ in _COUNTS)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about torch's own deprecations, which the user cannot act on
-            followed = torch.export.export(net, (example,), dynamic_shapes=({0: Dim("batch")},), strict=False)
-            program: ExportedProgram = followed.run_decompositions(table)
-    except Exception as error:  # torch.export raises dozens of unrelated types
+        few.record(net, image.new_zeros((_COUNTS[0], *sizes)))
+        many.record(net, content.expand(_COUNTS[1], *sizes).contiguous())
+        return _joined(few, many)
+    except Exception as error:  # a network may raise whatever it likes
         reason = str(error).strip().splitlines()[:1]
         raise InputError(
             f"bounds: {type(net).__name__} cannot be followed to primitive operations: {type(error).__name__}: "
             f"{''.join(reason)}; bounds need a network without control flow on pixel values and with a free batch size"
         ) from error
-    return program
 
 
-def _read(program: ExportedProgram) -> Trace:
-    stored: dict[str, str] = {}
-    literals: dict[str, Tensor] = {}
-    source = ""
-    for spec in program.graph_signature.input_specs:
-        name, target = str(getattr(spec.arg, "name", "")), str(spec.target)
-        if spec.kind == InputKind.USER_INPUT:
-            source = name
-        elif spec.kind == InputKind.CONSTANT_TENSOR:
-            literals[name] = program.constants[target]
-        else:
-            stored[name] = target
-    ops, moving, output = [], {source}, ""
-    places: dict[str, _Place] = {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name == source:
-            places[source] = _Place(1, _tail(node, 0))
-        if node.op == "output":
-            results = node.args[0]
-            if len(results) != 1 or not isinstance(results[0], Node):
-                raise InputError(f"bounds: expected a network with one output, the logits, got {len(results)}")
-            output = results[0].name
-        elif node.op == "call_function" and node.users:  # what nobody reads asserts something about types
-            op = _op(node)
-            if not moving.isdisjoint(op.reads()):
-                moving.add(op.result)
-                place = _place(node, op, places)
-                if place is not None:
-                    places[op.result] = place
-                    if op.kind == "getitem" and op.args[1] == 0:
-                        places[op.reads()[0]] = place
-            ops.append(op)
+def _joined(few: Recording, many: Recording) -> Trace:
+    """One trace for any count of images; `InputError` where the recordings differ otherwise."""
+    if [op.kind for op in few.ops] != [op.kind for op in many.ops] or few.output != many.output:
+        raise InputError("other images take another way through it")
+    needed = {few.output}
+    for op in reversed(few.ops):
+        if op.result in needed:
+            needed.update(op.reads())
+    joint = _Joint()
+    for one, other in zip(few.ops, many.ops, strict=True):
+        if one.result in needed:
+            joint.add(one, other)
+    for name in needed & few.literals.keys():
+        if not torch.equal(few.literals[name], many.literals[name]):
+            raise InputError("a constant in it depends on the images")
+    places = {"image": _Place(1, math.prod(few.shapes["image"][1:]))}
+    ops = joint.settled()
+    for op in ops:
+        place = None if op.counts else _place(op, few.shapes[op.result], many.shapes[op.result], places)
+        if place is not None:
+            places[op.result] = place
     strides = {name: place.stride for name, place in places.items()}
-    return Trace(tuple(ops), source, output, stored, literals, frozenset(moving), strides)
+    stored = {name: path for name, path in few.stored.items() if name in needed}
+    literals = {name: value for name, value in few.literals.items() if name in needed}
+    return Trace(tuple(ops), "image", few.output, stored, literals, frozenset(joint.moving), strides)
+
+
+@dataclass(slots=True)
+class _Joint:
+    """The operations of two recordings in one list; `moving` depend on the images, `counted` on their count alone,
+    of which `numbers` are no tensors."""
+
+    ops: list[Op] = field(default_factory=list)
+    moving: set[str] = field(default_factory=lambda: {"image"})
+    counted: set[str] = field(default_factory=set)
+    numbers: set[str] = field(default_factory=set)
+
+    def add(self, one: Op, other: Op) -> None:
+        op = replace(one, args=self._both(one.args, other.args), kwargs=self._both(one.kwargs, other.kwargs))
+        reads = set(op.reads())
+        if reads & self.numbers and op.kind not in _SHAPED:
+            raise InputError(f"the count of images goes into {op.kind}")
+        if reads & self.moving:
+            self.moving.add(op.result)
+            if not reads & (self.moving - self.counted):
+                self.counted.add(op.result)
+                op = replace(op, counts=op.kind in _SHAPED)
+        self.ops.append(op)
+
+    def settled(self) -> list[Op]:
+        """The operations; a tensor made of sizes is one that bounds move only where it does not just go into a sum or
+        a product."""
+        bounded: set[str] = set()
+        found = []
+        for op in reversed(self.ops):
+            known = op.counts and op.result not in bounded
+            if not known and op.kind not in _ARITHMETIC:
+                bounded.update(set(op.reads()) - self.numbers)
+            found.append(replace(op, counts=known))
+        return found[::-1]
+
+    def _both(self, one: Any, other: Any) -> Any:
+        if isinstance(one, list | tuple) and len(one) == len(other):
+            return type(one)(self._both(a, b) for a, b in zip(one, other, strict=True))
+        if isinstance(one, dict) and one.keys() == other.keys():
+            return {key: self._both(value, other[key]) for key, value in one.items()}
+        if type(one) is int and type(other) is int and one != other:
+            return self._count(one, other)
+        if one != other:
+            raise InputError(f"the count of images changes {one} to {other}")
+        return one
+
+    def _count(self, one: int, other: int) -> Ref:
+        times, rest = divmod(one, _COUNTS[0])
+        if rest or times <= 0 or times * _COUNTS[1] != other:
+            raise InputError(f"the count of images changes {one} to {other}")
+        self._counting("count", Op("count", "sym_size", torch.ops.aten.sym_size.int, (Ref("image"), 0), {}, "", True))
+        if times == 1:
+            return Ref("count")
+        name = f"count_{times}"
+        self._counting(name, Op(name, "mul", operator.mul, (Ref("count"), times), {}, "", True))
+        return Ref(name)
+
+    def _counting(self, name: str, op: Op) -> None:
+        if name not in self.numbers:
+            self.ops.append(op)
+            self.numbers.add(name)
+            self.counted.add(name)
+            self.moving.add(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,55 +194,15 @@ class _Place:
     stride: int
 
 
-def _place(node: Node, op: Op, places: Mapping[str, _Place]) -> _Place | None:
+def _place(op: Op, few: torch.Size, many: torch.Size, places: Mapping[str, _Place]) -> _Place | None:
     """The batch's place after an operation: a view keeps the order of the entries, the rest keeps whole dimensions."""
     before = [places[name] for name in op.reads() if name in places]
-    at = _symbolic(node)
-    if not before or op.counts:
+    grown = [i for i, (a, b) in enumerate(zip(few, many, strict=True)) if a != b]
+    if not before or len(grown) != 1:
         return None
-    if at is None:
-        # A tuple of values: `getitem` asks for the batch's place in what it picks from.
-        return before[0] if isinstance(node.meta.get("val"), tuple | list) or node.meta.get("val") is None else None
-    tail = _tail(node, at)
+    tail = math.prod(few[grown[0] + 1 :])
     if op.kind in {"view", "_unsafe_view", "reshape"}:
         inner, rest = divmod(before[0].stride, tail)
         return None if rest else _Place(inner, before[0].stride)
     inner = before[0].inner
     return _Place(inner, inner * tail) if all(place.inner == inner for place in before) else None
-
-
-def _symbolic(node: Node) -> int | None:
-    """The one dimension of a value whose length depends on the batch."""
-    found = [i for i, size in enumerate(getattr(node.meta.get("val"), "shape", ())) if not isinstance(size, int)]
-    return found[0] if len(found) == 1 else None
-
-
-def _tail(node: Node, at: int) -> int:
-    return math.prod(int(size) for size in node.meta["val"].shape[at + 1 :])
-
-
-def _op(node: Node) -> Op:
-    packet = getattr(node.target, "overloadpacket", node.target)
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    args, kwargs = map_arg(node.args, lambda n: Ref(n.name)), map_arg(node.kwargs, lambda n: Ref(n.name))  # type: ignore[arg-type,return-value]
-    kind = str(getattr(packet, "__name__", packet))
-    counts = isinstance(node.meta.get("val"), int | torch.SymInt)
-    module = str(stack[-1][0]) if stack else ""
-    return Op(node.name, kind, _callable(node), _plain(args), _plain(kwargs), module, counts)
-
-
-def _callable(node: Node) -> Callable[..., Any]:
-    if not callable(node.target):
-        raise InputError(f"bounds: the trace calls {node.target!r}, which is no operation")
-    return node.target
-
-
-def _plain(tree: Any) -> Any:
-    """torch.fx's immutable lists and dictionaries as ordinary ones."""
-    if isinstance(tree, list):
-        return [_plain(branch) for branch in tree]
-    if isinstance(tree, tuple):
-        return tuple(_plain(branch) for branch in tree)
-    if isinstance(tree, dict):
-        return {key: _plain(branch) for key, branch in tree.items()}
-    return tree

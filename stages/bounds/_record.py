@@ -1,0 +1,240 @@
+"""The operations of one forward pass as they reach torch's dispatcher, those that torch can decompose in their parts.
+
+Activations that bounds can treat better whole (SiLU, GELU, hard swish, ...) are left whole. `torch.export` would do the
+same and more, and takes ten times as long, most of it to load a compiler.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._decomp import core_aten_decompositions
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stages.method import InputError
+
+_aten = torch.ops.aten
+_WHOLE = (
+    _aten.silu.default,
+    _aten.hardswish.default,
+    _aten.hardsigmoid.default,
+    _aten.gelu.default,
+    _aten.elu.default,
+    _aten.leaky_relu.default,
+    _aten.softplus.default,
+    _aten.adaptive_avg_pool2d.default,
+)
+_FLOATS = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A value of the trace, by name."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operation: `result = target(*args, **kwargs)`, with a `Ref` wherever a value of the trace goes in.
+
+    `kind` is the operator's name without its overload ("convolution"); `module` the path of the layer it came from.
+    `counts` marks an operation that depends on how many images there are and not on them: the count itself, say.
+    """
+
+    result: str
+    kind: str
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    module: str
+    counts: bool = False
+
+    def reads(self) -> tuple[str, ...]:
+        """The names of the values that go in."""
+        found: list[str] = []
+        substitute((self.args, dict(self.kwargs)), lambda ref: found.append(ref.name))
+        return tuple(found)
+
+
+def substitute(tree: Any, swap: Callable[[Ref], Any]) -> Any:
+    """`tree` (nested lists, tuples, mappings) with every `Ref` replaced."""
+    if isinstance(tree, Ref):
+        return swap(tree)
+    if isinstance(tree, list | tuple):
+        return type(tree)(substitute(branch, swap) for branch in tree)
+    if isinstance(tree, dict):
+        return {key: substitute(branch, swap) for key, branch in tree.items()}
+    return tree
+
+
+def fill(tree: Any, values: Mapping[str, Any]) -> Any:
+    """`tree` with every `Ref` replaced by its value."""
+    return substitute(tree, lambda ref: values[ref.name])
+
+
+class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The operations of one forward pass, with a `Ref` for every tensor."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ops: list[Op] = []
+        self.moving: set[str] = set()
+        self.literals: dict[str, Tensor] = {}
+        self.shapes: dict[str, torch.Size] = {}
+        self.output = ""
+        state = (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False))
+        self.stored = {f"net.{path}": path for path, _ in state}
+        self._names = {id(value): f"net.{path}" for path, value in state}
+        self._parts: dict[int, tuple[str, int]] = {}
+        self._alive: list[Any] = []  # a tensor that is gone may leave its id to another one
+        self._paths = {id(module): path for path, module in net.named_modules()}
+        self._inside: list[str] = []
+        self._table = {key: rule for key, rule in dict(core_aten_decompositions()).items() if key not in _WHOLE}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and loading the compiler takes seconds
+
+    def record(self, net: nn.Module, image: Tensor) -> None:
+        self._names[id(image)] = "image"
+        self.moving.add("image")
+        self.shapes["image"] = image.shape
+        with torch.no_grad(), self._hooked(), _unfused(), _functional() as (wrapped, unwrapped), self:
+            result = unwrapped(net(wrapped(image)))
+        if not isinstance(result, Tensor):
+            raise InputError(f"expected one output, the logits, got a {type(result).__name__}")
+        self.output = self._name(result)
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
+        def enter(module: nn.Module, _: Any) -> None:
+            self._inside.append(self._paths.get(id(module), ""))
+
+        def leave(*_: Any) -> None:
+            self._inside.pop()
+
+        modules = torch.nn.modules.module
+        hooks = modules.register_module_forward_pre_hook(enter), modules.register_module_forward_hook(leave)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        func, args, kwargs = *_plainer(func, args), kwargs or {}
+        rule = self._table.get(func)
+        with self:
+            found = NotImplemented if rule is None else rule(*args, **kwargs)
+            if found is NotImplemented and func not in _WHOLE:
+                found = func.decompose(*args, **kwargs)
+        if found is not NotImplemented:
+            return found
+        if func._schema.is_mutable:
+            raise InputError(f"{func} writes into a value")
+        result = func(*args, **kwargs)
+        self._note(func, args, kwargs, result)
+        return result
+
+    def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if any(result is arg for arg in args):
+            return
+        self._alive.append((args, kwargs, result))
+        args, kwargs = self._refs(args), self._refs(dict(kwargs))
+        kind = str(func.overloadpacket.__name__)
+        op = Op(
+            f"{kind}_{len(self.ops)}", kind, _callable(func), args, kwargs, self._inside[-1] if self._inside else ""
+        )
+        moves = not self.moving.isdisjoint(op.reads())
+        if kind == "_local_scalar_dense":
+            if moves:
+                raise InputError("it reads the value of a pixel")
+            return
+        if moves and kind == "_to_copy" and kwargs.get("dtype") in _FLOATS:
+            # Bounds have a precision of their own.
+            self._names[id(result)] = op.reads()[0]
+            return
+        parts = result if isinstance(result, list | tuple) else (result,)
+        self.shapes[op.result] = parts[0].shape
+        if parts is result:
+            self._parts.update({id(part): (op.result, i) for i, part in enumerate(parts)})
+        else:
+            self._names[id(result)] = op.result
+        self._add(op, moves)
+
+    def _add(self, op: Op, moves: bool) -> None:
+        self.ops.append(op)
+        if moves:
+            self.moving.add(op.result)
+
+    def _refs(self, tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            return Ref(self._name(tree))
+        if isinstance(tree, list | tuple):
+            return type(tree)(self._refs(branch) for branch in tree)
+        if isinstance(tree, dict):
+            return {key: self._refs(branch) for key, branch in tree.items()}
+        return tree
+
+    def _name(self, value: Tensor) -> str:
+        name = self._names.get(id(value))
+        if name is None and id(value) in self._parts:
+            base, place = self._parts[id(value)]
+            name = f"{base}_{place}"
+            self.shapes[name] = value.shape
+            self._add(Op(name, "getitem", operator.getitem, (Ref(base), place), {}, ""), base in self.moving)
+        elif name is None:
+            name = f"literal_{len(self.literals)}"
+            self.literals[name] = value
+        self._names[id(value)] = name
+        return name
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Attention in its parts."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _functional() -> Iterator[tuple[Callable[[Tensor], Tensor], Callable[[Any], Any]]]:
+    """Operations that write into a tensor reach the dispatcher as ones that make a new one, for a wrapped image."""
+
+    def unwrapped(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        torch._sync(value)  # type: ignore[attr-defined, no-untyped-call]
+        return torch._from_functional_tensor(value) if torch._is_functional_tensor(value) else value
+
+    torch._enable_functionalization(reapply_views=True)
+    try:
+        yield torch._to_functional_tensor, unwrapped
+    finally:
+        torch._disable_functionalization()  # type: ignore[no-untyped-call]
+
+
+def _plainer(func: Any, args: Any) -> tuple[Any, Any]:
+    """What stands for an operation that does more than is asked for here."""
+    if func is _aten.native_batch_norm.default and not args[5]:
+        return _aten._native_batch_norm_legit_no_training.default, (*args[:5], *args[6:8])
+    if func is _aten._safe_softmax.default:  # safe where a whole row is -inf, which bounds refuse
+        return _aten._softmax.default, (*args[:2], False)
+    return func, args
+
+
+def _callable(func: Any) -> Callable[..., Any]:
+    # The ends of an interval may lie otherwise in memory than the value did.
+    return _aten.reshape.default if func in (_aten.view.default, _aten._unsafe_view.default) else func

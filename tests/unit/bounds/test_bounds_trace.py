@@ -1,0 +1,101 @@
+"""A trace is the network: replayed for any count of images it computes what the network computes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stages.bounds._trace import fill, trace
+from stages.method import InputError
+
+
+class Net(nn.Module):
+    def __init__(self, forward: Callable[["Net", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.way = forward
+        self.linear, self.token = nn.Linear(6, 4), nn.Parameter(torch.randn(1, 1, 6))
+        self.norm, self.attention = nn.BatchNorm1d(4), nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(self, x)
+
+
+def written(net: Net, x: Tensor) -> Tensor:
+    y: Tensor = net.linear(x.clone().mul_(2)).relu_()
+    y[:, 0] += 1.0
+    return y
+
+
+def attended(net: Net, x: Tensor) -> Tensor:
+    tokens = torch.cat([net.token.expand(len(x), 1, 6), x.view(len(x), 1, 6)], 1)
+    y: Tensor = net.attention(tokens, tokens, tokens, need_weights=False)[0]
+    return y.flatten(1)
+
+
+def turned(net: Net, x: Tensor) -> Tensor:
+    y: Tensor = net.linear(x.T.flip(0).T)
+    return y
+
+
+def mapped(net: Net, x: Tensor) -> Tensor:
+    y: Tensor = torch.vmap(lambda one: net.linear.weight @ one.view(6, 1))(x)
+    return y.flatten(1)
+
+
+def replayed(net: nn.Module, x: Tensor) -> Tensor:
+    graph = trace(net, x)
+    values = {**graph.constants(net), graph.input: x}
+    for op in graph.ops:
+        if op.result in graph.moving:
+            values[op.result] = op.target(*fill(op.args, values), **fill(dict(op.kwargs), values))
+    found: Tensor = values[graph.output]
+    return found
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        written,
+        attended,
+        mapped,
+        lambda net, x: net.norm(net.linear(x)).split(2, 1)[1],
+        lambda net, x: net.linear(x.T.T),
+    ],
+    ids=["in place", "attention", "vmap", "batch norm", "transposed"],
+)
+def test_a_trace_computes_what_the_network_computes(way: Callable[[Net, Tensor], Tensor]) -> None:
+    net = Net(way).eval()
+    for count in (1, 2, 5):
+        x = torch.rand(count, 6)
+        with torch.no_grad():
+            torch.testing.assert_close(replayed(net, x), net(x))
+
+
+def test_a_trace_survives_training_and_names_modules() -> None:
+    net = Net(lambda net, x: net.norm(net.linear(x))).eval()
+    graph = trace(net, torch.rand(2, 6))
+    with torch.no_grad():
+        net.linear.weight.mul_(2)
+        x = torch.rand(3, 6)
+        torch.testing.assert_close(replayed(net, x), net(x))
+    assert trace(net, x) is graph
+    assert [op.module for op in graph.ops if op.kind == "addmm"] == ["linear"]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda net, x: net.linear(x) * float(x[0, 0]),
+        lambda net, x: net.linear(x) * x.tolist()[0][0],
+        lambda net, x: net.linear(x) * torch.tensor(x.detach().numpy()[0, 0]),
+        lambda net, x: net.linear(x) if x.sum() > 1 else x,
+        lambda net, x: net.linear(x) / len(x),
+        lambda net, x: torch.cat([net.linear(part) for part in x.split(1)]),
+        lambda net, x: net.linear(x) + len(x) * torch.ones(4),
+        lambda net, x: (net.linear(x), x),
+    ],
+)
+def test_what_depends_on_values_or_on_the_count_of_images_is_refused(way: Callable[[Net, Tensor], Tensor]) -> None:
+    with pytest.raises(InputError, match="Net cannot be followed"):
+        trace(Net(way).eval(), torch.rand(2, 6))
