@@ -30,7 +30,7 @@ from stages.early import Demand
 from stages.exhibits import Images, images
 from stages.finding import Finding
 from stages.members import named
-from stages.method import InputError, load
+from stages.method import InputError, load, type_of
 from stages.nn import _atomic
 from stages.seeding import derive, generator
 from stages.subject import Subject, opened
@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     _within(threat, shown.x)
     subject = opened(args.model, shown.x, form, threads)
     chosen = asked if subject.twin is not None else _blind(asked)
-    plan = Plan(threat, named(chosen, threat), certifiers, args.shortcuts, args.seed, _demand(args, len(shown.x)))
+    demand, clock = _demand(args, len(shown.x)), args.certify_seconds
+    plan = Plan(threat, named(chosen, threat), certifiers, args.shortcuts, args.seed, demand, clock)
     strength = evidence.strength(chosen)
     notes = (*subject.notes, *shown.notes, *_notes(subject, threat, shown, asked, chosen))
     if smoothing is not None:
@@ -191,8 +192,16 @@ def _bounds(args: argparse.Namespace) -> dict[str, Bounds]:
     given = {name: value for name in _OF_SMOOTHING if (value := getattr(args, name)) is not None}
     if given and "smoothing" not in listed:
         raise BadInput(f"audit: --{next(iter(given))}: expected --certify smoothing too, whose setting it is")
+    if twice := sorted({name for name in listed if listed.count(name) > 1}):
+        raise BadInput(f"audit: --certify: {twice[0]} is named twice")
+    types = {name: type_of(BOUNDS, Bounds, name) for name in listed}
+    able = [name for name, kind in types.items() if "memory" in kind.model_fields]
+    if args.certify_memory is not None and not able:
+        raise BadInput(f"audit: --certify-memory: none of {args.certify} has a memory to cap")
+    own = {name: {"memory": args.certify_memory} for name in able if args.certify_memory is not None}
+    own["smoothing"] = given
     try:
-        return {name: load(BOUNDS, Bounds, {"kind": name, **(given if name == "smoothing" else {})}) for name in listed}
+        return {name: load(BOUNDS, Bounds, {"kind": name, **own.get(name, {})}) for name in listed}
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in problem["loc"])

@@ -53,6 +53,7 @@ def certify_file(
     on_step: OnStep,
     file: str,
     metric: str = CERTIFIED,
+    seconds: float | None = None,
 ) -> Certified:
     """Every image of the split, by each certifier in turn; an image counts that one of them proves.
 
@@ -69,7 +70,7 @@ def certify_file(
         for certifier in certifiers
         if certifier.kind not in able
     ]
-    found = prove(twin, x, y, answers.shape[1], threat, able, lambda _: on_step)
+    found = prove(twin, x, y, answers.shape[1], threat, able, lambda _: on_step, seconds)
     notes += [finding.text for finding in found.findings]
     hits = torch.zeros_like(right)
     for margins in found.margins.values():

@@ -64,10 +64,10 @@ class Config(Value):
     `attacks` go through the file (gradients through its torch twin), on the test images together with those of validate
     that are not among them, so that file and float network stand up to the same. `certify` proves the file itself, on
     the same images; "quantised" covers int8, and is what a limit on `accuracy.certified.shipped.test` brings in. Of a
-    lowered file the float32 graph beside it is certified too, and the gap is told. For
-    TensorRT the proof is of the graph as onnxruntime runs it, not of the engine that the device builds. `calibration`
-    images, half of them attacked, fix the ranges of int8. `holdout_samples` bounds the images on which attempts are
-    judged.
+    lowered file the float32 graph beside it is certified too, and the gap is told; each ends after `certify_seconds`,
+    if given. For TensorRT the proof is of the graph as onnxruntime runs it, not of the engine that the device builds.
+    `calibration` images, half of them attacked, fix the ranges of int8. `holdout_samples` bounds the images on which
+    attempts are judged.
     """
 
     precision: str = "fp32"
@@ -78,6 +78,7 @@ class Config(Value):
     exporter: Literal["dynamo", "legacy"] = "dynamo"
     attacks: AttackSet = Field(default=QUICK, min_length=1, validate_default=True)
     certify: tuple[AnyCertifier, ...] = ()
+    certify_seconds: float | None = Field(default=None, gt=0)
     calibration: int = Field(default=256, ge=8)
     holdout_samples: int = Field(default=256, ge=1)
     runs: int = Field(default=200, ge=20)
@@ -220,9 +221,9 @@ def _certified(
     name = packing.model_name(config.precision)
     step = _counting(ctx, f"certify {name}")
     split = struck.split
-    found = certify_file(
-        network, imported(network).eval(), shipped, split, struck.alive, threat, config.certify, step, name
-    )
+    asked, clock = config.certify, config.certify_seconds
+    twin = imported(network).eval()
+    found = certify_file(network, twin, shipped, split, struck.alive, threat, asked, step, name, seconds=clock)
     if network == plain:
         return found
     twin = imported(plain).eval()
@@ -231,7 +232,7 @@ def _certified(
     points = (remeasure.replayed(files, split, threat), struck.x_adv)
     alive = torch.stack([correct(graph, x_adv, split.labels) for x_adv in points]).all(0)
     step = _counting(ctx, "certify model.onnx")
-    other = certify_file(plain, twin, graph, split, alive, threat, config.certify, step, "model.onnx", FLOAT)
+    other = certify_file(plain, twin, graph, split, alive, threat, asked, step, "model.onnx", FLOAT, clock)
     return beside(found, other)
 
 

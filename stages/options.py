@@ -54,6 +54,10 @@ def audit_options(parser: argparse.ArgumentParser) -> None:
         "--certify", default="ibp", metavar="NAME,...", help='what proves (ibp; `list bounds`), "none" proves nothing'
     )
     how.add_argument(
+        "--certify-seconds", type=_above_0, metavar="S", help="what is not proved by then stays open (no limit)"
+    )
+    how.add_argument("--certify-memory", type=_above_0, metavar="GIB", help="of coefficients, for all but ibp (2)")
+    how.add_argument(
         "--no-shortcuts", dest="shortcuts", action="store_false", help="attack what is proved too; must agree"
     )
     how.add_argument("--grid", action="store_true", help="ask again with adversarial inputs rounded to 8-bit images")
@@ -103,6 +107,13 @@ def _fraction(text: str) -> float:
 
 def _number(text: str) -> float:
     return _floats(text, "a number", 1)[0]
+
+
+def _above_0(text: str) -> float:
+    value = _number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f'expected a number above 0, got "{text}"')
+    return value
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -1,19 +1,20 @@
 """Every example's verdict: proved, broken or standing. Attacks and bounds meet here; neither knows the other."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
 
-from stages.bounds.base import Box, Certifier, certifier, lead_rows
+from stages.bounds.base import Box, Certifier, TooLittleMemory, certifier, lead_rows
 from stages.evaluate import OnStep, Strike, under_attack
 from stages.finding import Finding
 from stages.method import InputError
 from stages.oracle import Logits, Oracle, Spent
 from stages.threat import Threat
 
-_BATCH = 256
+_BATCH, _PIECE = 256, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,33 +53,74 @@ def prove(
     threat: Threat,
     certifiers: Mapping[str, Certifier],
     on_step: Callable[[str], OnStep],
+    seconds: float | None = None,
 ) -> Proved:
     """Bound every lead of every example [N, C, H, W]; `on_step(name)(done, total)` counts images.
 
     A cascade: put the cheapest first. Each certifier is asked about the examples that those before it left open, and
-    says nothing of the others. Raises `InputError` for a method that proves nothing, by whatever way it came here.
+    says nothing of the others. With `seconds`, what is proved by then counts, and the rest is open: the clock is looked
+    at between pieces of 32 images, and certifiers with a clock of their own get no more than is left. Fewer images are
+    bounded at once where memory is short. The finding "unproved" says why what is open is open.
+
+    Raises `InputError` for a method that proves nothing, by whatever way it came here, and where a certifier's memory
+    does not hold a single image.
     """
     for method in certifiers.values():
         certifier(method)
     leads, findings = {}, []
     wrong = torch.arange(classes, device=x.device).unsqueeze(0) != y.unsqueeze(1)
-    left = torch.arange(len(x), device=x.device)
+    left, late = torch.arange(len(x), device=x.device), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    end = None if seconds is None else time.monotonic() + seconds
     for name, method in certifiers.items():
         found = torch.full((len(x), classes), float("inf"), device=x.device)
         found[wrong] = float("-inf")
+        at, size = 0, _BATCH if end is None else _PIECE
         try:
-            for at in range(0, len(left), _BATCH):
-                rows = left[at : at + _BATCH]
+            while at < len(left) and (end is None or time.monotonic() < end):
+                rows = left[at : at + size]
                 ends, labels = Box.around(x[rows], threat), y[rows]
-                bounds = method.lower(net, ends, lead_rows(net, x[rows], labels)).detach()
+                try:
+                    able = _hurried(method, end, len(rows))
+                    bounds = able.lower(net, ends, lead_rows(net, x[rows], labels)).detach()
+                except TooLittleMemory:
+                    if len(rows) == 1:
+                        raise
+                    size = len(rows) // 2
+                    continue
                 found[rows] = found[rows].masked_scatter(wrong[rows], bounds)
-                on_step(name)(min(at + _BATCH, len(left)), len(left))
+                at += len(rows)
+                on_step(name)(at, len(left))
+            late[left[at:]] = True
+        except TooLittleMemory:
+            raise
         except InputError as error:
             found[wrong] = float("-inf")
             findings.append(Finding(f"covers_{name}", True, f"{name} proves nothing about this network: {error}"))
         leads[name] = found
         left = left[(found[left] <= 0).any(1)]
+    if len(left):
+        findings.append(_unproved(len(x), len(left), int(late[left].sum()), certifiers, seconds))
     return Proved(dict(certifiers), leads, tuple(findings))
+
+
+def _hurried(method: Certifier, end: float | None, images: int) -> Certifier:
+    """A certifier with a clock of its own, which must not run past `end`."""
+    own = _clock(method)
+    if end is None or own is None:
+        return method
+    return method.model_copy(update={"seconds": min(own, max(end - time.monotonic(), 1e-3) / images)})
+
+
+def _unproved(total: int, left: int, late: int, certifiers: Mapping[str, Certifier], seconds: float | None) -> Finding:
+    clocks = [f"{name} has {own:g} s an image" for name, method in certifiers.items() if (own := _clock(method))]
+    loose = f"{left - late} because no lower bound of their lead is above 0 ({', '.join((*certifiers, *clocks))})"
+    over = f", {late} because the {seconds:g} s for certifying were over" if late else ""
+    text = f"{left} of {total} images, those read wrongly among them, are not proved: {loose}{over}"
+    return Finding("unproved", True, text)
+
+
+def _clock(method: Certifier) -> float | None:
+    return getattr(method, "seconds", None)
 
 
 def spared(proved: Proved, right: Tensor, rng: Generator) -> Tensor:

@@ -42,7 +42,8 @@ class Config(Value):
     is measured on the same ones; all are taken where there are fewer. `attacks` all strike every image that is right
     without one, each on its own; with `sequence`, only what the ones before it left, so that the accuracy under an
     attack counts those before it too. Images that `certify`, which may be empty, proves robust are not attacked, but
-    for a twentieth of them, at least 50, to test the proofs; classes proved unreachable are no targets.
+    for a twentieth of them, at least 50, to test the proofs; classes proved unreachable are no targets. Certifying ends
+    after `certify_seconds`, if given: what is proved by then counts, and that depends on the machine's speed.
 
     `early` is a confidence, 0.99 say: attacking ends as soon as it is that certain what the gate's limit on
     `accuracy.robust.test`, which is filled in as `stop_at`, will say of all the images under all the attacks, the
@@ -62,6 +63,7 @@ class Config(Value):
     early: float | None = Field(default=None, gt=0.5, lt=1)
     stop_at: float | None = Field(default=None, ge=0, le=1)
     certify: tuple[AnyCertifier, ...] = Field(default=("ibp",), validate_default=True)
+    certify_seconds: float | None = Field(default=None, gt=0)
     validity_samples: int = Field(default=200, ge=20)
     curve: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         default=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0), min_length=2
@@ -119,7 +121,9 @@ def run(files: Files, config: Config, ctx: Context) -> Result:
         scene = Scene.of(quick, test, task.threat, ctx.device)
         certifiers = dict(zip(kinds(config.certify), config.certify, strict=True))
         step = lambda name: _progress(ctx, f"certify: {name}")  # noqa: E731
-        proved = prove(net, scene.x, scene.y, len(splits.classes), task.threat, certifiers, step)
+        proved = prove(
+            net, scene.x, scene.y, len(splits.classes), task.threat, certifiers, step, config.certify_seconds
+        )
         strength = evidence.strength(config.attacks)
         named = lambda label: _progress(ctx, f"{label} ({strength})")  # noqa: E731
         striker = Striker(scene, proved, splits.train, ctx.scratch, ctx.seed, named)

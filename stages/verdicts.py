@@ -46,6 +46,7 @@ class Plan:
     shortcuts: bool
     seed: int
     demand: Demand | None = None
+    certify_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def judge(
     """
     right = outputs(subject.file, x).argmax(1) == y
     scene = Scene(subject.file, x, y, indices, plan.threat, right)
-    proved = _proved(subject, scene, plan.certifiers, on_step)
+    proved = _proved(subject, scene, plan, on_step)
     unproved = proved.unproved
     safe = torch.zeros_like(right) if unproved is None else right & ~unproved.any(1)
     ring = _Ring(subject, scene, plan, unproved if plan.shortcuts else None, ready, on_step)
@@ -169,10 +170,9 @@ class _Ring:
         return tuple(_line(name, hit, self.twin_only[name], self.seconds[name]) for name, hit in self.hits.items())
 
 
-def _proved(
-    subject: Subject, scene: Scene, certifiers: Mapping[str, Certifier], on_step: Callable[[str], OnStep]
-) -> Proved:
+def _proved(subject: Subject, scene: Scene, plan: Plan, on_step: Callable[[str], OnStep]) -> Proved:
     """Bounds of the twin, less what the file may be away from it."""
+    certifiers = plan.certifiers
     twin, why = subject.twin, "there is no torch twin to prove it of"
     rounds = twin is not None and twin.twin.rounds
     able = {name: certifier for name, certifier in certifiers.items() if certifier.covers_rounding or not rounds}
@@ -181,7 +181,8 @@ def _proved(
     found = Proved({}, {}, ())
     if twin is not None:
         labelled = lambda name: on_step(f"certify {name}")  # noqa: E731
-        found = prove(twin, scene.x, scene.y, subject.classes, scene.threat, able, labelled)
+        given = (twin, scene.x, scene.y, subject.classes, scene.threat, able, labelled)
+        found = prove(*given, plan.certify_seconds)
     leads = torch.full((len(scene.x), subject.classes), float("-inf"))
     nothing = leads.scatter(1, scene.y.unsqueeze(1), float("inf"))
     slack = 0.0 if rounds else 2 * subject.gap

@@ -9,6 +9,7 @@ from stages.bounds import _special  # noqa: F401  registers its rules
 from stages.bounds._backward import Chain
 from stages.bounds._interval import outward
 from stages.bounds._trace import Op
+from stages.bounds.base import TooLittleMemory
 from stages.method import InputError
 
 _COPIES = 6  # tensors of the size of the coefficients that live at once in one backward step
@@ -71,9 +72,9 @@ def block(chain: Chain, memory: float) -> int:
     size = widest * (8 if chain.kind == torch.float64 else 4) * _COPIES
     rows = int(memory * 2**30 // size)
     if rows < 1:
-        raise InputError(
+        raise TooLittleMemory(
             f"memory: {memory:g} GiB hold no row of coefficients for {chain.batch} images, which takes "
-            f"{size / 2**30:.3g} GiB; give more memory or fewer images at once"
+            f"{size / 2**30:.3g} GiB; give more memory"
         )
     return rows
 

@@ -45,6 +45,10 @@ class Box:
         return Box((x - threat.eps).clamp(min=threat.low), (x + threat.eps).clamp(max=threat.high), ball)
 
 
+class TooLittleMemory(InputError):
+    """A certifier's memory does not hold one row of coefficients for so many images; fewer at once may fit."""
+
+
 class Bounds(Method):
     """Any method of this folder. `instead` says in a clause what one does that proves nothing about the network."""
 

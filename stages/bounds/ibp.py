@@ -54,11 +54,13 @@ class IBP(Certifier):
 
 
 def check(box: Box, rows: Tensor) -> None:
-    """Raises `InputError` for an empty, inverted or infinite box, or rows that do not fit it."""
+    """Raises `InputError` for an empty, inverted or infinite box, one of whole numbers, or rows that do not fit it."""
     if box.low.shape != box.high.shape or box.low.dim() < 2 or len(box.low) == 0:
         raise InputError(
             f"box: expected two equal shapes [B, ...], got {tuple(box.low.shape)}, {tuple(box.high.shape)}"
         )
+    if not (box.low.is_floating_point() and box.high.is_floating_point()):
+        raise InputError(f"box: expected floats, got {box.low.dtype}; pixels of bytes are divided by 255 first")
     if not bool((torch.isfinite(box.low) & torch.isfinite(box.high) & (box.low <= box.high)).all()):
         raise InputError("box: expected finite bounds with low <= high for every pixel")
     if rows.dim() != 3 or len(rows) != len(box.low):

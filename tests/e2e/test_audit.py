@@ -293,6 +293,23 @@ def test_smoothing_says_first_where_no_radius_can_reach_eps(audit: Audit, tmp_pa
     assert "nothing can hold at eps 0.5: raise --sigma or --n" in said
 
 
+def test_memory_too_small_for_one_image_is_bad_input(audit: Audit, tmp_path: Path) -> None:
+    given = ("--limit", 3, "--attack", "fgsm", "--certify", "crown", "--certify-memory", "1e-9", "--json", "o.json")
+    status, _, problem = audit(file(tmp_path / "m.onnx"), *DIGITS, *given)
+    assert status == 2
+    assert "memory: 1e-09 GiB hold no row of coefficients for 1 images, which takes" in problem
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_no_time_to_certify_leaves_all_open_and_says_so(audit: Audit, tmp_path: Path) -> None:
+    given = ("--limit", 3, "--attack", "fgsm", "--certify", "crown", "--certify-seconds", "1e-9")
+    status, said, _ = audit(file(tmp_path / "m.onnx"), *DIGITS, *given)
+    assert status == 0
+    assert "certified 0.0000" in said
+    assert "ok      unproved: 3 of 3 images, those read wrongly among them, are not proved: " in said
+    assert "3 because the 1e-09 s for certifying were over" in said
+
+
 def test_a_file_of_images_without_a_test_part_is_taken_whole(audit: Audit, tmp_path: Path) -> None:
     test = Digits().read(Path()).test
     np.savez(tmp_path / "own.npz", images=test.images[:30].numpy(), labels=test.labels[:30].numpy())
@@ -348,6 +365,11 @@ def test_data_outside_the_range_and_labels_beyond_the_outputs(audit: Audit, tmp_
         (["m.onnx", "--certify", "smoothing"], "smoothing: expected a threat in l2, in which Gaussian noise gives"),
         (["m.onnx", "--certify", "smoothing", "--sigma", "0"], "--certify: sigma: Input should be greater than 0"),
         (["m.onnx", "--n", "500"], "--n: expected --certify smoothing too, whose setting it is"),
+        (["m.onnx", "--certify", "ibp,ibp"], "--certify: ibp is named twice"),
+        (["m.onnx", "--certify-seconds", "0"], "--certify-seconds: expected a number above 0"),
+        (["m.onnx", "--certify", "crown", "--certify-memory", "-1"], "--certify-memory: expected a number above 0"),
+        (["m.onnx", "--certify-memory", "1"], "--certify-memory: none of ibp has a memory to cap"),
+        (["m.onnx", "--threat", "linf:inf"], 'eps: expected a number or a fraction such as "8/255", got "inf"'),
         (["m.onnx", "--data", "digit"], 'no data set "digit", and no such file or folder; did you mean "digits"?'),
         (["m.onnx", "--data", "mnist"], "MNIST/raw/train-images-idx3-ubyte.gz: do"),
         (["m.onnx", "--limit", "0"], "argument --limit: expected a whole number of at least 1"),

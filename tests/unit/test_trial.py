@@ -1,10 +1,15 @@
 """Proofs and attacks together: whom an attack tries, what it may aim at, and that nothing changes by it."""
 
+from typing import Literal
+
+import pytest
 import torch
 from torch import Tensor, nn
 
+from stages import trial
 from stages.attacks.apgd import APGD
 from stages.attacks.pgd import PGD
+from stages.bounds.base import Box, Certifier, TooLittleMemory
 from stages.bounds.crown_ibp import CrownIBP
 from stages.bounds.ibp import IBP
 from stages.evaluate import OnStep, correct, frozen
@@ -141,3 +146,72 @@ def test_no_rows_no_work() -> None:
     hit = strike(never, PGD(), x, y, torch.zeros(5, dtype=torch.bool), SMALL, 0)
     assert bool(hit.survived.all())
     assert torch.equal(hit.x_adv, x)
+
+
+class Clock:
+    """Stands in for `time`: every certifier's call takes a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Slow(Certifier):
+    """IBP, that takes a second of `clock` each time and notes how much time of its own it was given."""
+
+    seconds: float = 10.0
+
+    def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
+        clock.now += 1
+        given.append(self.seconds * len(rows))
+        return IBP().lower(net, box, rows)
+
+
+clock, given = Clock(), list[float]()
+
+
+def test_when_the_time_is_over_what_is_proved_counts_and_the_rest_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 32 images, a second each, 2.5 seconds: three pieces have their turn, the last with half a second."""
+    net, (x, y) = digits_model(recipe="at").net, images(200)
+    clock.now, steps = 0.0, list[int]()
+    given.clear()
+    monkeypatch.setattr(trial, "time", clock)
+    with frozen(net):
+        whole = proofs(net).margins["ibp"]
+        found = prove(net, x, y, 10, SMALL, {"slow": Slow()}, lambda _: lambda done, _: steps.append(done), 2.5)
+        none = prove(net, x, y, 10, SMALL, {"slow": Slow(), "ibp": IBP()}, quiet, 1e-9)
+    assert steps == [32, 64, 96]
+    assert given[:3] == pytest.approx([2.5, 1.5, 0.5])
+    assert torch.equal(found.margins["slow"][:96], whole[:96])
+    assert bool((found.margins["slow"][96:] == -torch.inf).all())
+    (told,) = found.findings
+    proved = int((whole[:96] > 0).sum())
+    assert told.name == "unproved"
+    assert told.ok
+    assert told.text == (
+        f"{200 - proved} of 200 images, those read wrongly among them, are not proved: {96 - proved} because no lower "
+        "bound of their lead is above 0 (slow, slow has 10 s an image), 104 because the 2.5 s for certifying were over"
+    )
+    assert none.unproved is not None
+    left = 200 - int((whole[:32] > 0).sum())
+    assert int(none.unproved.any(1).sum()) == left
+    assert f"{left} because the 1e-09 s for certifying were over" in none.findings[-1].text
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "real"])
+def test_where_memory_is_short_fewer_images_are_bounded_at_once(arithmetic: Literal["float32", "real"]) -> None:
+    net, (x, y) = digits_model(recipe="at").net, images(12)
+    asked: list[int] = []
+    with frozen(net):
+        plenty = prove(net, x, y, 10, SMALL, {"c": CrownIBP(arithmetic=arithmetic)}, quiet)
+        with pytest.raises(TooLittleMemory, match="for 12 images") as told:
+            CrownIBP(arithmetic=arithmetic, memory=1e-12).margins(net, x, y, SMALL)
+        needed = float(str(told.value).partition("takes ")[2].split()[0])
+        scant = CrownIBP(arithmetic=arithmetic, memory=0.6 * needed)
+        found = prove(net, x, y, 10, SMALL, {"c": scant}, lambda _: lambda done, _: asked.append(done))
+        assert torch.allclose(found.leads["c"], plenty.leads["c"], atol=1e-4)
+        assert asked == [6, 12]
+        with pytest.raises(TooLittleMemory, match=r"hold no row of coefficients for 1 images, which takes .* GiB"):
+            prove(net, x, y, 10, SMALL, {"c": CrownIBP(arithmetic=arithmetic, memory=1e-12)}, quiet)
