@@ -98,8 +98,9 @@ def prove(
             findings.append(Finding(f"covers_{name}", True, f"{name} proves nothing about this network: {error}"))
         leads[name] = found
         left = left[(found[left] <= 0).any(1)]
-    if len(left):
-        findings.append(_unproved(len(x), len(left), int(late[left].sum()), certifiers, seconds))
+    ran = {name: method for name, method in certifiers.items() if f"covers_{name}" not in {f.name for f in findings}}
+    if len(left) and ran:
+        findings.append(_unproved(len(x), len(left), int(late[left].sum()), ran, seconds))
     return Proved(dict(certifiers), leads, tuple(findings))
 
 

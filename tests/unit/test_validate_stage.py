@@ -109,7 +109,7 @@ def test_the_numbers_are_ordered_as_they_must_be(honest: tuple[Path, Result, Wat
 def test_an_honest_network_has_no_findings(honest: tuple[Path, Result, Watch]) -> None:
     _, result, watch = honest
     assert result.findings == ()
-    assert sum(note.startswith("ok: ") for note in watch.notes) == 15
+    assert sum(note.startswith("ok: ") for note in watch.notes) == 16
     told = [label for label in watch.labels if label.startswith(("attack", "curve"))]
     assert len(told) > 3
     assert all("(quick)" in label for label in told)
