@@ -53,6 +53,7 @@ READS = (ATTACKS, DETECTORS)
 
 PassSpec = str | dict[str, Any]
 FIGURES = "figures.json"
+_FLOAT32 = "fp32"
 _FIGURES = (FIGURES, "images/")
 WITH_DETECTOR = detection.names("shipped.test")
 
@@ -110,7 +111,7 @@ def measures(config: Config, task: Mapping[str, Any]) -> frozenset[str]:
     names |= {"memory.peak"} if config.runtime == "onnxruntime" else set()
     names |= {"latency.p50", "latency.p95"} if config.measures_speed else set()
     if config.certify:
-        names |= {CERTIFIED, FLOAT, GAP} if passes_for(config.precisions, config.precision) else {CERTIFIED}
+        names |= {CERTIFIED} if config.precision == _FLOAT32 else {CERTIFIED, FLOAT, GAP}
     return frozenset(names | WITH_DETECTOR)
 
 
@@ -224,7 +225,7 @@ def _certified(
     asked, clock = config.certify, config.certify_seconds
     twin = imported(network).eval()
     found = certify_file(network, twin, shipped, split, struck.alive, threat, asked, step, name, seconds=clock)
-    if network == plain:
+    if config.precision == _FLOAT32:
         return found
     twin = imported(plain).eval()
     graph = Shipped(OrtEngine(plain, config.threads), twin)

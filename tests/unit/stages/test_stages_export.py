@@ -35,7 +35,7 @@ QUICK: dict[str, Any] = {
 }
 INT8 = {"precision": "int8", "precisions": {"int8": ["fold_constants", "qdq_int8_cpu", "ort_format"], "fp32": []}}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "fp32": {**QUICK, "certify": ["crown_ibp"]},
+    "fp32": {**QUICK, "certify": ["crown_ibp"], "precisions": {"fp32": ["fold_constants"]}},
     "int8": {**QUICK, **INT8, "certify": ["quantised"]},
     "board": {**QUICK, **INT8, "machine": "riscv64"},
     "tensorrt": {
