@@ -62,13 +62,13 @@ class Chain:
         for op in self.graph.ops:
             for name in op.reads():
                 self.reads[name] = self.reads.get(name, 0) + 1
-        self._dots = gamma(_BLOCK + 8, self.own) + gamma(8192, DOUBLE)
+        self.dots = gamma(_BLOCK + 8, self.own) + gamma(8192, DOUBLE)
 
     def follow(self, op: Op) -> None:
         """The box, and either offset and slack (linear operations) or lines (the rest), of one more operation."""
         args, kwargs = fill(op.args, self.values), fill(dict(op.kwargs), self.values)
         if op.counts:
-            self.values[op.result] = op.target(*low_ends(args), **kwargs)
+            self.values[op.result] = self._cast(op.target(*low_ends(args), **kwargs))
             self._counts.add(op.result)
             return
         self.values[op.result] = _ops.step(op, args, kwargs, self.rounding)
@@ -158,7 +158,7 @@ class Chain:
         box = self.values[name][0] if isinstance(self.values[name], tuple) else self.values[name]
         middle, radius = _relax.middle(box, self.kind)
         size = (middle.abs() + radius).to(self.kind)
-        wide = outward(radius, self.kind, torch.inf) + (4 * self._dots + 4 * self.own * self.readers(name)) * size
+        wide = outward(radius, self.kind, torch.inf) + (4 * self.dots + 4 * self.own * self.readers(name)) * size
         return self.dot(name, slopes, middle.to(self.kind)) - self.dot(name, slopes.abs(), wide)
 
     def flat(self, name: str, value: Tensor) -> Tensor:
@@ -257,11 +257,13 @@ class Chain:
             fixed = [torch.as_tensor(a).abs() for a in args[:2] if not isinstance(a, Interval)]
             total = sum(e + share * s for e, s in parts) + share * sum(fixed)
             return self._fans(op, (1 + 4 * share) * total + TINY)
-        # The rest only moves entries about; where the transpose sums copies of one, that sum rounds.
+        # The rest only moves entries about; where the transpose sums copies of one, that sum rounds. Constants that
+        # are moved along have no slack.
         moved = {name: (1 + 4 * sums) * (old[name] + sums * size[name]) for name in before}
         if op.kind == "constant_pad_nd":
             return self._fans(op, op.target(moved[op.reads()[0]], args[1]))
-        return self._fans(op, op.target(*fill(op.args, {**self.values, **moved}), **kwargs))
+        still = {name: _none(self.values[name]) for name in op.reads() if name not in moved}
+        return self._fans(op, op.target(*fill(op.args, {**self.values, **still, **moved}), **kwargs))
 
     def _share(self, terms: int) -> float:
         """The network's rounding in a sum of so many products, and ours where its offset is formed."""
@@ -326,7 +328,7 @@ class Chain:
 
     def ends_of_lines(self, low: Tensor, high: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """Intercepts below, and how much higher those above are, moved outward by what sums with them may lose."""
-        loss = 2.1 * self._dots * (low.abs() + high.abs()) + 16 * self.own * size + TINY
+        loss = 2.1 * self.dots * (low.abs() + high.abs()) + 16 * self.own * size + TINY
         return (low - loss).to(self.kind), (high - low + 2 * loss).to(self.kind)
 
     def readers(self, name: str) -> int:
@@ -339,6 +341,15 @@ class Chain:
         sums = gamma(_linear.products(op, self.values, self.shape(op.result), self.batch) + 4, self.own)
         slack = self.slack.get(name, torch.zeros_like(box.low)).double()
         return offset, 1.001 * slack + (2 * sums + 16 * self.own) * (box.size().double() + offset.abs())
+
+    def reach(self, name: str) -> Tensor:
+        """No less than what a value and its offset are made of, float64."""
+        size: Tensor = self.values[name].size().double()
+        return size + self._offset(name).double().abs()
+
+
+def _none(value: Any) -> Any:
+    return torch.zeros_like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 SPECIAL: dict[str, Callable[[Chain, Op], Pull]] = {}

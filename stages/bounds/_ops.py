@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.bounds import _attention, _norms
 from stages.bounds._interval import FOLDED, TINY, Interval, Rounding, bounded, high_ends, low_ends
 from stages.bounds._trace import Op
 from stages.method import InputError
@@ -24,7 +25,7 @@ _MOVES = frozenset(
     {"view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "unfold"}
     | {"slice", "select", "index_select", "index", "cat", "stack", "split", "split_with_sizes", "getitem", "repeat"}
     | {"flip", "roll", "constant_pad_nd", "upsample_nearest2d", "pixel_shuffle"}
-    | {"clone", "alias", "detach", "_to_copy"}
+    | {"clone", "alias", "detach", "_to_copy", "where"}
 )
 _MONOTONE = frozenset(
     {"relu", "hardtanh", "clamp", "clamp_min", "clamp_max", "max_pool2d_with_indices", "maximum", "minimum"}
@@ -74,6 +75,8 @@ def is_affine(op: Op, args: tuple[Any, ...]) -> bool:
 
 def keeps_affine(op: Op, args: tuple[Any, ...]) -> bool:
     """Whether an affine function of the operands stays one: affine operations, moves, sums."""
+    if op.kind == "where":
+        return not isinstance(args[0], Interval)
     return is_affine(op, args) or op.kind in _MOVES or op.kind in {"add", "sub", "neg"}
 
 
@@ -100,6 +103,8 @@ def pair(low: Any, high: Any) -> Any:
 
 def _move(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if op.kind == "getitem":
+        if args[1] >= len(args[0]):
+            raise unsupported(op, f"of result {args[1]}")
         return args[0][args[1]]
     if op.kind == "_to_copy":
         if kwargs.get("dtype") not in _ALLOWED_COPIES:
@@ -286,22 +291,6 @@ def _matmul(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rou
     return rounding.widen(centre - spread, centre + spread, args[0].size() @ args[1].size(), ma.shape[-1])
 
 
-def _softmax(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
-    """Lowest where the entry is lowest and all others highest, and the reverse."""
-    del op, kwargs
-    x, dim = args[0], args[1]
-    top = x.high.amax(dim, keepdim=True)
-    low, high = (x.low - top).exp(), (x.high - top).exp()
-    n = low.shape[dim]
-    # The differences below cancel; what they may lose is at most 2 n units of the sum, added and taken off.
-    lost = 4 * n * rounding.own * high.sum(dim, keepdim=True)
-    others_high = (high.sum(dim, keepdim=True) - high).clamp(min=0) + lost
-    others_low = (low.sum(dim, keepdim=True) - low - lost).clamp(min=0)
-    ends = low / (low + others_high), (high / (high + others_low)).clamp(max=1)
-    answer = rounding.elementary(*ends, torch.full_like(low, float(n)))
-    return Interval(answer.low.clamp(min=0), answer.high)
-
-
 def _dip(exact: float, tanh: float | None = None) -> Callable[..., Interval]:
     """A rule for a function that falls until `exact` and rises after it; `tanh` is the place for approximate="tanh"."""
 
@@ -329,7 +318,9 @@ _RULES: dict[str, Callable[[Op, tuple[Any, ...], dict[str, Any], Rounding], Any]
     "mm": _matmul,
     "bmm": _matmul,
     "matmul": _matmul,
-    "_softmax": _softmax,
+    "_softmax": _attention.softmax,
+    "_safe_softmax": _attention.softmax,
+    "native_layer_norm": _norms.layer_norm,
     "silu": _dip(-1.278464542761),
     "hardswish": _dip(-1.5),
     "gelu": _dip(-0.751791524694, tanh=-0.752461422071),

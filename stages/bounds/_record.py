@@ -28,6 +28,7 @@ _WHOLE = (
     _aten.leaky_relu.default,
     _aten.softplus.default,
     _aten.adaptive_avg_pool2d.default,
+    _aten._safe_softmax.default,
 )
 _FLOATS = (torch.float32, torch.float64)
 
@@ -44,7 +45,8 @@ class Op:
     """One operation: `result = target(*args, **kwargs)`, with a `Ref` wherever a value of the trace goes in.
 
     `kind` is the operator's name without its overload ("convolution"); `module` the path of the layer it came from.
-    `counts` marks an operation that depends on how many images there are and not on them: the count itself, say.
+    `counts` marks an operation that depends on how many images there are and not on them: the count itself, or a class
+    token repeated for every image.
     """
 
     result: str
@@ -230,8 +232,6 @@ def _plainer(func: Any, args: Any) -> tuple[Any, Any]:
     """What stands for an operation that does more than is asked for here."""
     if func is _aten.native_batch_norm.default and not args[5]:
         return _aten._native_batch_norm_legit_no_training.default, (*args[:5], *args[6:8])
-    if func is _aten._safe_softmax.default:  # safe where a whole row is -inf, which bounds refuse
-        return _aten._softmax.default, (*args[:2], False)
     return func, args
 
 

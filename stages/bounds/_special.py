@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.bounds import _linear, _relax
+from stages.bounds import _attention, _linear, _norms, _relax
 from stages.bounds._backward import SPECIAL, Chain, Pull
 from stages.bounds._interval import Interval, gamma
 from stages.bounds._trace import Op, fill
@@ -99,3 +99,4 @@ def matrices(chain: Chain, op: Op) -> Pull:
 
 
 SPECIAL.update({"max_pool2d_with_indices": max_pool, "mm": matrices, "bmm": matrices, "matmul": matrices})
+SPECIAL.update({"_softmax": _attention.front, "_safe_softmax": _attention.front, "native_layer_norm": _norms.front})

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from stages.bounds._record import Op, Recording, Ref, fill, substitute
 from stages.method import InputError
 
-__all__ = ["Op", "Ref", "Trace", "fill", "substitute", "trace"]
+__all__ = ["MASKED", "Op", "Ref", "Trace", "fill", "substitute", "trace"]
+MASKED = -1e30  # stands for -inf in masks; see `_attention`
 _COUNTS = 2, 3  # images in the two recordings
-_ARITHMETIC = frozenset({"add", "sub", "mul", "mm", "bmm", "matmul"})
 _SHAPED = frozenset({"expand", "view", "permute", "unsqueeze", "squeeze", "full", "repeat", "select", "slice"})
 
 
@@ -30,6 +30,7 @@ class Trace:
 
     `strides` says whom an entry of a moving value belongs to: entry i of the value, counted row by row, is one of
     example (i // stride) mod B. A value is missing there if its place of the batch cannot be followed.
+    `masks` names constants that may hold -inf as a mask.
     """
 
     ops: tuple[Op, ...]
@@ -39,6 +40,7 @@ class Trace:
     literals: Mapping[str, Tensor]
     moving: frozenset[str]
     strides: Mapping[str, int]
+    masks: frozenset[str]
 
     def constants(self, net: nn.Module) -> dict[str, Any]:
         """Every value that does not depend on the images, computed in the precision that the network computes it in."""
@@ -49,7 +51,12 @@ class Trace:
         for op in self.ops:
             if op.result not in self.moving:
                 values[op.result] = op.target(*fill(op.args, values), **fill(dict(op.kwargs), values))
-        return values
+        return {name: _unmasked(value) if name in self.masks else value for name, value in values.items()}
+
+
+def _unmasked(value: Any) -> Any:
+    """A constant with finite numbers for masks of -inf, or of the lowest number there is."""
+    return value.clamp(min=MASKED) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 _kept: WeakKeyDictionary[nn.Module, tuple[Hashable, Trace]] = WeakKeyDictionary()
@@ -111,7 +118,7 @@ def _joined(few: Recording, many: Recording) -> Trace:
         if not torch.equal(few.literals[name], many.literals[name]):
             raise InputError("a constant in it depends on the images")
     places = {"image": _Place(1, math.prod(few.shapes["image"][1:]))}
-    ops = joint.settled()
+    ops = joint.ops
     for op in ops:
         place = None if op.counts else _place(op, few.shapes[op.result], many.shapes[op.result], places)
         if place is not None:
@@ -119,7 +126,8 @@ def _joined(few: Recording, many: Recording) -> Trace:
     strides = {name: place.stride for name, place in places.items()}
     stored = {name: path for name, path in few.stored.items() if name in needed}
     literals = {name: value for name, value in few.literals.items() if name in needed}
-    return Trace(tuple(ops), "image", few.output, stored, literals, frozenset(joint.moving), strides)
+    masks = {name for op in ops if op.counts or op.kind in {"where", "add"} for name in op.reads()} - joint.moving
+    return Trace(tuple(ops), "image", few.output, stored, literals, frozenset(joint.moving), strides, frozenset(masks))
 
 
 @dataclass(slots=True)
@@ -141,20 +149,8 @@ class _Joint:
             self.moving.add(op.result)
             if not reads & (self.moving - self.counted):
                 self.counted.add(op.result)
-                op = replace(op, counts=op.kind in _SHAPED)
+                op = replace(op, counts=True)
         self.ops.append(op)
-
-    def settled(self) -> list[Op]:
-        """The operations; a tensor made of sizes is one that bounds move only where it does not just go into a sum or
-        a product."""
-        bounded: set[str] = set()
-        found = []
-        for op in reversed(self.ops):
-            known = op.counts and op.result not in bounded
-            if not known and op.kind not in _ARITHMETIC:
-                bounded.update(set(op.reads()) - self.numbers)
-            found.append(replace(op, counts=known))
-        return found[::-1]
 
     def _both(self, one: Any, other: Any) -> Any:
         if isinstance(one, list | tuple) and len(one) == len(other):

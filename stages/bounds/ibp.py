@@ -176,7 +176,7 @@ def _terms(op: Op, values: dict[str, Any]) -> int:
 
 def _apply(op: Op, values: dict[str, Any], rounding: Rounding) -> Any:
     args, kwargs = fill(op.args, values), fill(dict(op.kwargs), values)
-    return op.target(*low_ends(args), **kwargs) if op.counts else _ops.step(op, args, kwargs, rounding)
+    return _double(op.target(*low_ends(args), **kwargs)) if op.counts else _ops.step(op, args, kwargs, rounding)
 
 
 def _ancestors(graph: Trace, wanted: set[str], known: dict[str, Any]) -> set[str]:

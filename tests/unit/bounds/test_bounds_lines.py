@@ -1,0 +1,120 @@
+"""Linear bounds of one operation at a time: below it at every point of the box, and close to it in small boxes."""
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from stages.bounds import _sweep
+from stages.bounds._backward import Chain
+from stages.bounds.base import Box
+from stages.seeding import generator
+
+SHAPE = (3, 2, 6)
+_MASK = torch.tensor([[0.0, -torch.inf, 0, 0, -torch.inf, 0]])
+_W = torch.tensor([1.5, -2.0, 0.3, 0.0, -0.7, 1.0])
+
+# Smooth ones lie within a multiple of the squared radius of their lines.
+SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
+    "layer_norm": lambda x: F.layer_norm(x, (6,), _W.to(x), _W.flip(0).to(x)),
+    "layer_norm, two dimensions": lambda x: F.layer_norm(x, (2, 6)),
+    "softmax": lambda x: x.softmax(-1),
+    "softmax, first dimension": lambda x: x.softmax(1),
+    "softmax, masked": lambda x: (2 * x + _MASK.to(x)).softmax(-1),
+    "softmax, filled": lambda x: x.masked_fill(_MASK < 0, -torch.inf).softmax(-1),
+    "softmax, shut out": lambda x: torch.where(_MASK < 0, torch.finfo(x.dtype).min, 3 * x).softmax(-1),
+}
+ROUGH: dict[str, Callable[[Tensor], Tensor]] = {}
+
+
+class Single(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@cache
+def single(name: str) -> Single:
+    """Traced once for all tests."""
+    net = Single((SMOOTH | ROUGH)[name])
+    net.eval()
+    return net
+
+
+def lines(net: nn.Module, box: Box, unit: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Slopes [R, B, ...] and intercepts [R, B] of lines below +y_k and -y_k, for every entry k of the result."""
+    chain = Chain(net, box, unit, True)
+    _sweep.follow(chain)
+    assert all(bool((part >= 0).all()) for part in slacks(chain))
+    width = chain.shape(chain.graph.output).numel() // chain.batch
+    ones = torch.eye(width, dtype=torch.float64).unsqueeze(1).expand(-1, chain.batch, -1)
+    rows = chain.unflat(chain.graph.output, torch.cat([ones, -ones]))
+    watch: dict[str, Tensor] = {}
+    bound = chain.bound(chain.graph.output, rows, watch=watch)
+    slopes = watch[chain.graph.input]
+    return slopes, bound - chain.ends.least(slopes, 0.0)
+
+
+def slacks(chain: Chain) -> list[Tensor]:
+    return [part for part in chain.slack.values() if isinstance(part, Tensor)]
+
+
+def boxes(rng: Generator) -> list[Box]:
+    """From points to boxes that hold every case: one sign, both signs, near zero, far off, and constant vectors."""
+    found = []
+    for spread, shift, eps in [
+        (1, 0, 0),
+        (1, 0, 1e-3),
+        (1, 0, 0.1),
+        (1, 0, 1.0),
+        (0.1, 4, 0.3),
+        (3, 0, 8.0),
+        (0, 1, 0.2),
+    ]:
+        x = spread * torch.randn(SHAPE, generator=rng, dtype=torch.float64) + shift
+        reach = eps * torch.rand(SHAPE, generator=rng, dtype=torch.float64)
+        found.append(Box(x - reach, x + reach * (torch.rand(SHAPE, generator=rng) > 0.1)))
+    # Only one entry moves: what the others do to each other cannot hide behind what they do themselves.
+    low = torch.randn(SHAPE, generator=rng, dtype=torch.float64)
+    one = torch.eye(12, dtype=torch.float64)[5].view(1, 2, 6)
+    return [*found, Box(low, low + 0.3 * one), Box(low, low + 1.5 * one)]
+
+
+def points(box: Box, rng: Generator, count: int) -> Tensor:
+    """[P, B, ...]: uniform, corners and mixtures, the centre and both ends."""
+    share = torch.rand(count, *box.low.shape, generator=rng, dtype=torch.float64)
+    share[::3] = share[::3].round()
+    share[1::3] = torch.where(torch.rand(share[1::3].shape, generator=rng) < 0.5, share[1::3].round(), share[1::3])
+    share[0], share[1], share[2] = 0, 1, 0.5
+    return torch.minimum(box.low + share * (box.high - box.low), box.high)
+
+
+def gaps(net: nn.Module, box: Box, at: Tensor, unit: float = 0.0) -> Tensor:
+    """[P, R, B]: how far +y_k and -y_k lie above their lines at the points."""
+    slopes, starts = lines(net, box, unit)
+    values = torch.stack([net(x).flatten(1) for x in at])
+    both = torch.cat([values, -values], 2).transpose(1, 2)
+    return both - torch.einsum("rbn,pbn->prb", slopes.flatten(2), at.flatten(2)) - starts
+
+
+@pytest.mark.parametrize("name", [*SMOOTH, *ROUGH])
+def test_no_point_of_the_box_lies_under_its_line(name: str) -> None:
+    net, rng = single(name), generator(0, name)
+    for box in boxes(rng):
+        above = gaps(net, box, points(box, rng, 300))
+        assert float(above.min()) >= 0
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_lines_of_a_smooth_function_are_off_by_the_square_of_the_radius(name: str) -> None:
+    net, rng = single(name), generator(1, name)
+    x = torch.randn(SHAPE, generator=rng, dtype=torch.float64)
+    wide, narrow = (float(gaps(net, Box(x - r, x + r), x.unsqueeze(0)).max()) for r in (1e-2, 1e-3))
+    assert 0 < narrow < wide / 50
+    assert wide < 0.05
