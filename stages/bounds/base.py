@@ -56,9 +56,13 @@ class Bounds(Method):
 
 
 class Certifier(Bounds):
-    """`covers_rounding` says that the bounds hold for graphs that round to codes, however kernels sum."""
+    """`covers_rounding` says that the bounds hold for graphs that round to codes, however kernels sum.
+
+    `cheap` says that they cost no more than a short attack, so that none need come first.
+    """
 
     covers_rounding: ClassVar[bool] = False
+    cheap: ClassVar[bool] = False
 
     @abstractmethod
     def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """CROWN-IBP (Zhang et al. 2020): boxes by interval arithmetic, then one backward pass of linear bounds."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class CrownIBP(Certifier):
     """
 
     arithmetic: Literal["real", "float32"] = "float32"
+    cheap: ClassVar[bool] = True
     memory: float = Field(default=2.0, gt=0)
 
     def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:

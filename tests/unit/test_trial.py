@@ -1,6 +1,6 @@
 """Proofs and attacks together: whom an attack tries, what it may aim at, and that nothing changes by it."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -161,6 +161,7 @@ class Clock:
 class Slow(Certifier):
     """IBP, that takes a second of `clock` each time and notes how much time of its own it was given."""
 
+    cheap: ClassVar[bool] = True
     seconds: float = 10.0
 
     def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
@@ -215,3 +216,28 @@ def test_where_memory_is_short_fewer_images_are_bounded_at_once(arithmetic: Lite
         assert asked == [6, 12]
         with pytest.raises(TooLittleMemory, match=r"hold no row of coefficients for 1 images, which takes .* GiB"):
             prove(net, x, y, 10, SMALL, {"c": CrownIBP(arithmetic=arithmetic, memory=1e-12)}, quiet)
+
+
+class Dear(Certifier):
+    """IBP, that notes how many images it was asked about."""
+
+    def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
+        given.append(float(len(rows)))
+        return IBP().lower(net, box, rows)
+
+
+def test_what_a_short_attack_refutes_is_not_put_to_a_dear_certifier() -> None:
+    """At the chosen eps many images break; what is proved is the same with it and without."""
+    net, (x, y) = digits_model(recipe="at").net, images(100)
+    threat = Threat(norm="linf", eps=0.1)
+    given.clear()
+    with frozen(net):
+        alone = prove(net, x, y, 10, threat, {"ibp": IBP()}, quiet)
+        dear = prove(net, x, y, 10, threat, {"dear": Dear()}, quiet)
+        right = correct(net, x, y)
+    (asked,) = given
+    assert 0 < asked < int(right.sum())
+    assert torch.equal(dear.certified(right)["dear"], alone.certified(right)["ibp"])
+    assert bool((dear.margins["dear"][~right] == -torch.inf).all())
+    assert f"{100 - int(asked)} because they are read wrongly" in dear.findings[-1].text
+    assert "read wrongly, as" not in alone.findings[-1].text

@@ -54,7 +54,7 @@ def certified(path: Path, certifiers: tuple[Certifier, ...], refuted: bool = Fal
 
     network, twin = path.read_bytes(), twin_of(path)
     found = certify_file(network, twin, shipped, test, alive, THREAT, certifiers, step, path.name)
-    assert steps[-1] == (40, 40)
+    assert 10 < steps[-1][0] == steps[-1][1] <= 40  # images that a short attack refutes are not asked about
     return found
 
 
