@@ -3,11 +3,11 @@
     TEMPER_DATA=../shared/data OMP_NUM_THREADS=1 python -m benchmarks.certified_mnist --images 500
 
 Two networks of one architecture (Wong and Kolter 2018, small), trained by interval bounds: for eps 0.1 at 0.15, for eps
-0.3 at 0.35. Trained once, then read from runs/benchmarks/certified. Every method judges every image that is read
-rightly, by itself and not in a cascade. The order must hold image by image: what IBP proves CROWN-IBP proves, and so on
-to branch and bound, and nothing that is proved is broken; where it does not the status is 1. CROWN-IBP returns the
-larger of its own bound and IBP's, CROWN only ever tightens boxes, alpha-CROWN and branch and bound never fall below
-CROWN: but with other boxes CROWN's slopes may turn, so that alone of the pairs is expected rather than proved.
+0.3 at 0.35; trained once, then read from runs/benchmarks/certified. IBP, CROWN-IBP and CROWN judge every image that is
+read rightly; alpha-CROWN and branch and bound, whose answers are never below CROWN's, those that CROWN leaves open
+and 20 of the others. The order must hold image by image: what IBP proves CROWN-IBP proves, and so on to branch and
+bound, and nothing that is proved is broken; where it does not the status is 1. Of CROWN-IBP and CROWN it is expected
+rather than proved: CROWN only tightens boxes, but its slopes may turn with them.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from stages.tuning import initial
 FOLDER = Path("runs/benchmarks/certified")
 TRAINED_AT = {0.1: 0.15, 0.3: 0.35}
 _TRAIN, _EPOCHS = 20_000, 20
+_AGAIN = 20
 _PGD = PGD(steps=100, restarts=3, loss="margin")
 
 
@@ -82,29 +83,33 @@ def _rows(eps: float, images: int, seconds: float, batch: int) -> bool:
     test, threat = data().test, Threat(norm="linf", eps=eps)
     x, y = test.floats(slice(0, images)), test.labels[:images]
     with frozen(net(eps)) as model:
-        print(
-            f"\neps {eps:g}, {len(x)} test images\n| | share | 95 % | of {len(x)} | CPU s | s per image |\n"
-            + "| --- " * 6
-            + "|"
-        )
+        print(f"\neps {eps:g}\n| | share | 95 % | of {len(x)} | asked about | CPU s | s each |\n{'| --- ' * 7}|")
         start = time.process_time()
         right = correct(model, x, y)
         _print("clean", right, time.process_time() - start, len(x))
         start = time.process_time()
         held, _ = under_attack(model, _PGD, x, y, threat, 0)
         _print(f"PGD, {_PGD.steps} steps x {_PGD.restarts}", held, time.process_time() - start, int(right.sum()))
+        IBP().margins(model, x[:1], y[:1], threat)  # the network is followed once, which is not IBP's to pay
         chain: list[tuple[str, Tensor]] = []
-        methods: tuple[Certifier, ...] = (IBP(), CrownIBP(), Crown(), AlphaCrown(), BranchAndBound(seconds=seconds))
-        for method in methods:
+        cheap: tuple[Certifier, ...] = (IBP(), CrownIBP(), Crown())
+        for method in cheap:
             proved, spent = _proved(model, x, y, right, threat, method, batch)
             _print(method.kind, proved, spent, int(right.sum()))
             chain.append((method.kind, proved))
-    chain.append(("PGD", held))
-    unsettled = held & ~chain[-2][1]
+        by_crown = chain[-1][1]
+        asked = right & ~by_crown
+        asked[by_crown.nonzero().flatten()[:_AGAIN]] = True
+        dear: tuple[Certifier, ...] = (AlphaCrown(), BranchAndBound(seconds=seconds))
+        for method in dear:
+            proved, spent = _proved(model, x, y, asked, threat, method, batch)
+            _print(method.kind, proved | (by_crown & ~asked), spent, int(asked.sum()))
+            chain.append((method.kind, proved | (by_crown & ~asked)))
+    unsettled = held & ~chain[-1][1]
     print(f"neither proved nor broken: {int(unsettled.sum())} of {len(x)}")
     wrong = [
         f"{int((first & ~second).sum())} images that {one} has, {other} has not"
-        for (one, first), (other, second) in pairwise(chain)
+        for (one, first), (other, second) in pairwise((*chain, ("PGD", held)))
         if bool((first & ~second).any())
     ]
     print("; ".join(wrong) or "the order holds for every image")
@@ -112,9 +117,9 @@ def _rows(eps: float, images: int, seconds: float, batch: int) -> bool:
 
 
 def _proved(
-    model: nn.Module, x: Tensor, y: Tensor, right: Tensor, threat: Threat, method: Certifier, batch: int
+    model: nn.Module, x: Tensor, y: Tensor, asked: Tensor, threat: Threat, method: Certifier, batch: int
 ) -> tuple[Tensor, float]:
-    proved, rows = torch.zeros_like(right), right.nonzero().flatten()
+    proved, rows = torch.zeros_like(asked), asked.nonzero().flatten()
     start = time.process_time()
     for part in rows.split(batch):
         with torch.no_grad():
@@ -125,10 +130,8 @@ def _proved(
 def _print(name: str, hits: Tensor, seconds: float, over: int) -> None:
     count, total = int(hits.sum()), len(hits)
     low, high = wilson(count, total)
-    print(
-        f"| {name} | {count / total:.3f} | [{low:.3f}, {high:.3f}] | {count} | {seconds:.1f} | {seconds / over:.3g} |",
-        flush=True,
-    )
+    cells = (name, f"{count / total:.3f}", f"[{low:.3f}, {high:.3f}]", str(count), str(over), f"{seconds:.1f}")
+    print(f"| {' | '.join(cells)} | {seconds / over:.2g} |", flush=True)
 
 
 if __name__ == "__main__":
