@@ -44,12 +44,16 @@ def summary(record: RunRecord, latest: Mapping[str, Measurement]) -> tuple[str, 
         )
     certified = latest.get("accuracy.certified.test")
     if certified is not None:
-        share = words.quantity(certified.value, "fraction") if certified.value else "none of the images"
-        said.append(
-            f"For {share} it is proved that no such change can fool the float network; the proof does not cover the "
-            "rounding of a lowered file."
-        )
+        file = latest.get("accuracy.certified.shipped.test")
+        rest = "the proof does not cover the rounding of a lowered file"
+        if file is not None:
+            rest = f"for {_share(file)} it is proved of the shipped file (`certified` in the manifest says what that covers)"
+        said.append(f"For {_share(certified)} it is proved that no such change can fool the float network; {rest}.")
     return tuple(said)
+
+
+def _share(certified: Measurement) -> str:
+    return words.quantity(certified.value, "fraction") if certified.value else "none of the images"
 
 
 def _refusal(record: RunRecord, name: str) -> str:

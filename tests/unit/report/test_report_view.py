@@ -29,6 +29,20 @@ def test_a_passed_run_says_so_with_its_numbers_and_what_is_owed(tmp_path: Path) 
     assert shown.problems == ()
 
 
+def test_what_is_proved_of_the_shipped_file_is_said_beside_the_network(tmp_path: Path) -> None:
+    record = sample.passed()
+    assert "the proof does not cover the rounding of a lowered file" in view(record).sentences[1]
+    last = record.stages[-1]
+    more = (*last.measurements, fraction("accuracy.certified.shipped.test", 31, 1000))
+    stages = (*record.stages[:-1], last.model_copy(update={"measurements": more}))
+    shown = view(record.model_copy(update={"stages": stages}), sample.figures(tmp_path))
+    assert (
+        "For 41.2 % it is proved that no such change can fool the float network; for 3.1 % it is" in shown.sentences[1]
+    )
+    assert [tile.value for tile in shown.tiles[:3]] == ["96.0 %", "78.3 %", "3.1 %"]
+    assert [row.of for row in shown.verdicts] == ["the float32 network", "model.onnx", "model.int8.onnx"]
+
+
 def test_a_refused_run_names_gate_reason_and_closest_attempt() -> None:
     shown = view(sample.refused())
     assert shown.headline == "Refused: the gate after compress did not open."
