@@ -47,7 +47,7 @@ def summary(record: RunRecord, latest: Mapping[str, Measurement]) -> tuple[str, 
         file = latest.get("accuracy.certified.shipped.test")
         rest = "the proof does not cover the rounding of a lowered file"
         if file is not None:
-            rest = f"for {_share(file)} it is proved of the shipped file (`certified` in the manifest says what that covers)"
+            rest = f"for {_share(file)} it is proved of the shipped file (the manifest says what that covers)"
         said.append(f"For {_share(certified)} it is proved that no such change can fool the float network; {rest}.")
     return tuple(said)
 
