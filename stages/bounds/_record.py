@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._decomp import core_aten_decompositions
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.method import InputError
@@ -107,7 +108,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._names[id(image)] = "image"
         self.moving.add("image")
         self.shapes["image"] = image.shape
-        with torch.no_grad(), self._hooked(), _unfused(), _functional() as (wrapped, unwrapped), self:
+        with torch.no_grad(), self._hooked(), _unfused(), _Closed(), _functional() as (wrapped, unwrapped), self:
             result = unwrapped(net(wrapped(image)))
         if not isinstance(result, Tensor):
             raise InputError(f"expected one output, the logits, got a {type(result).__name__}")
@@ -139,6 +140,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 found = func.decompose(*args, **kwargs)
         if found is not NotImplemented:
             return found
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise InputError("it draws random numbers")
         if func._schema.is_mutable:
             raise InputError(f"{func} writes into a value")
         result = func(*args, **kwargs)
@@ -197,6 +200,16 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.literals[name] = value
         self._names[id(value)] = name
         return name
+
+
+class _Closed(TorchFunctionMode):
+    """Ways out of torch that the dispatcher does not see are shut: what comes back would be taken for a constant."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if func in (Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage):
+            raise InputError(f"it reads the value of a pixel by {func.__name__}")
+        return func(*args, **kwargs or {})
 
 
 @contextmanager

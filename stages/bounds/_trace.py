@@ -93,13 +93,30 @@ def _followed(net: nn.Module, image: Tensor) -> Trace:
     try:
         few.record(net, image.new_zeros((_COUNTS[0], *sizes)))
         many.record(net, content.expand(_COUNTS[1], *sizes).contiguous())
-        return _joined(few, many)
+        found = _joined(few, many)
+        _each_alone(net, content)
+        return found
     except Exception as error:  # a network may raise whatever it likes
         reason = str(error).strip().splitlines()[:1]
         raise InputError(
             f"bounds: {type(net).__name__} cannot be followed to primitive operations: {type(error).__name__}: "
             f"{''.join(reason)}; bounds need a network without control flow on pixel values and with a free batch size"
         ) from error
+
+
+@torch.no_grad()
+def _each_alone(net: nn.Module, content: Tensor) -> None:
+    """Raises `InputError` where an image's logits depend on another one: bounds speak of one image, the rest as it is.
+
+    One image of three is not a number. Sums, products, maxima and rearrangements carry that on, whatever their weights;
+    what does not is told by other values."""
+    images = torch.stack([content, content.flip(-1), 1 - content])
+    logits = net(images)
+    for i in range(len(images)):
+        changed = images.index_fill(0, torch.tensor([i], device=images.device), torch.nan)
+        others = torch.arange(len(images), device=images.device) != i
+        if not torch.allclose(net(changed)[others], logits[others]):
+            raise InputError("an image's logits depend on other images of the batch")
 
 
 def _joined(few: Recording, many: Recording) -> Trace:

@@ -99,3 +99,22 @@ def test_a_trace_survives_training_and_names_modules() -> None:
 def test_what_depends_on_values_or_on_the_count_of_images_is_refused(way: Callable[[Net, Tensor], Tensor]) -> None:
     with pytest.raises(InputError, match="Net cannot be followed"):
         trace(Net(way).eval(), torch.rand(2, 6))
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        (lambda net, x: net.linear(x - x.mean(0, keepdim=True)), "depend on other images"),
+        (lambda net, x: net.linear(x.flip(0)), "depend on other images"),
+        (lambda net, x: net.linear(x + 0 * x[:1]), "depend on other images"),
+        (lambda net, x: net.linear(torch.cat([x[1:], x[:1]])), "depend on other images"),
+        (lambda net, x: net.linear(x.T.reshape(-1, 6)), "depend on other images"),
+        (lambda net, x: net.linear(x.softmax(0)), "depend on other images"),
+        (lambda net, x: net.linear(x + torch.randn(6)), "draws random numbers"),
+        (lambda net, x: net.linear(x) * float(x.detach().numpy().max() > 9), "reads the value of a pixel by numpy"),
+    ],
+    ids=["mean", "turned", "first", "rolled", "mixed", "softmax", "random", "numpy"],
+)
+def test_bounds_speak_of_one_image_and_of_no_dice(way: Callable[[Net, Tensor], Tensor], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        trace(Net(way).eval(), torch.rand(2, 6))
