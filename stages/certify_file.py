@@ -71,7 +71,8 @@ def certify_file(
         if certifier.kind not in able
     ]
     found = prove(twin, x, y, answers.shape[1], threat, able, lambda _: on_step, seconds)
-    notes += [finding.text for finding in found.findings]
+    notes += [finding.text for finding in found.findings if finding.ok]
+    failed = [f"{file}: {finding.text}" for finding in found.findings if not finding.ok]
     hits = torch.zeros_like(right)
     for margins in found.margins.values():
         hits |= right & (margins > 2 * gap)
@@ -89,7 +90,7 @@ def certify_file(
     }
     text = f"{broken} of {int(hits.sum())} images proved for {file} were broken on it; must be none"
     bar = shares(file, right, hits, alive)
-    return Certified((number,), outcomes, told, (bar,), (text,) if broken else (), tuple(notes))
+    return Certified((number,), outcomes, told, (bar,), (*failed, *((text,) if broken else ())), tuple(notes))
 
 
 def beside(shipped: Certified, plain: Certified) -> Certified:

@@ -97,7 +97,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._parts: dict[int, tuple[str, int]] = {}
         self._alive: list[Any] = []  # a tensor that is gone may leave its id to another one
         self._paths = {id(module): path for path, module in net.named_modules()}
-        self._inside: list[str] = []
+        self._inside: list[nn.Module] = []
         self._table = {key: rule for key, rule in dict(core_aten_decompositions()).items() if key not in _WHOLE}
 
     @classmethod
@@ -117,7 +117,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def _hooked(self) -> Iterator[None]:
         def enter(module: nn.Module, _: Any) -> None:
-            self._inside.append(self._paths.get(id(module), ""))
+            self._inside.append(module)
 
         def leave(*_: Any) -> None:
             self._inside.pop()
@@ -154,9 +154,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive.append((args, kwargs, result))
         args, kwargs = self._refs(args), self._refs(dict(kwargs))
         kind = str(func.overloadpacket.__name__)
-        op = Op(
-            f"{kind}_{len(self.ops)}", kind, _callable(func), args, kwargs, self._inside[-1] if self._inside else ""
-        )
+        op = Op(f"{kind}_{len(self.ops)}", kind, _callable(func), args, kwargs, self._place())
         moves = not self.moving.isdisjoint(op.reads())
         if kind == "_local_scalar_dense":
             if moves:
@@ -173,6 +171,13 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             self._names[id(result)] = op.result
         self._add(op, moves)
+
+    def _place(self) -> str:
+        """The path of the innermost module and, where it says so itself, the part of it that is at work."""
+        if not self._inside:
+            return ""
+        path, told = self._paths.get(id(self._inside[-1]), ""), getattr(self._inside[-1], "place", str)()
+        return ", ".join(part for part in (path, told) if part)
 
     def _add(self, op: Op, moves: bool) -> None:
         self.ops.append(op)

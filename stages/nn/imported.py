@@ -63,6 +63,7 @@ class Twin(nn.Module):
                 self._buffers_of[tensor.name] = f"constant{number}"
                 self.register_buffer(f"constant{number}", value)
         self._steps = _steps(graph, read.opset(model))
+        self._now: _Step | None = None
         self.rounds, self.softmax = read.rounds(model), False
         self.piece: int | None = None
 
@@ -74,6 +75,10 @@ class Twin(nn.Module):
         return torch.cat([_batched(self._through(part), self.piece) for part in torch.split(whole, self.piece)])[
             : len(x)
         ]
+
+    def place(self) -> str:
+        """The node that is being computed, for messages about an operation in it."""
+        return "" if self._now is None else f"node {self._now.operator} giving {self._now.outputs[0]}"
 
     def jumps(self) -> tuple[str, ...]:
         """Steps on the way from the image that are flat between jumps, as operator and result; Q/DQ pairs are not."""
@@ -89,7 +94,9 @@ class Twin(nn.Module):
     def _through(self, x: Tensor) -> Tensor:
         known = self._start(x)
         for step in self._steps:
+            self._now = step
             _take(step, known)
+        self._now = None
         y = known[self._output]
         # Asked for only where it changes something: a trace would hold it as an operation.
         return y if y.dtype == torch.float32 else y.to(torch.float32)

@@ -217,6 +217,7 @@ def test_a_planted_unsound_certifier_is_refused_by_the_gate(
     config = validate.Config.load({**SMALL, "certify": ["temper_liar"]})
     ctx = Context(task=TASK, data_root=tmp_path, seed=5, scratch=tmp_path / "s", emit=Watch())
     result = validate.run(files, config, ctx)
+    assert any(text.startswith("refuted_temper_liar: 8 images that temper_liar proved") for text in result.findings)
     (told,) = (text for text in result.findings if text.startswith("sound_temper_liar"))
     assert re.search(r": [1-9]\d* of \d+ examples that temper_liar proved were broken by an attack", told)
     (bar,) = json.loads(result.files["figures.json"].read_bytes())["verdicts"]
