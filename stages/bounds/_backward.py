@@ -285,7 +285,7 @@ class Chain:
         if isinstance(result, tuple):
             raise _ops.unsupported(op, "with several results, in linear bounds")
         lines = _relax.elementwise(op, self.values, self.kind)
-        if lines is None or not bool((torch.isfinite(lines.low) & torch.isfinite(lines.high)).all()):
+        if lines is None:
             lines = _relax.constant(result)
         elif op.kind not in _EXACT:
             loss = self.rounding.share(12) * (1 + result.size().double())

@@ -86,7 +86,8 @@ class Bands:
         elif op.kind == "getitem":
             self.held[op.result] = args[0][args[1]]
         elif op.kind in {"add", "sub", "neg"}:
-            self.held[op.result] = self._sum(op, args)
+            bands = {name: band for name, band in self.held.items() if isinstance(band, Band)}
+            self.held[op.result] = self._sum(op, fill(op.args, {**self.chain.values, **bands}))
         else:
             self.held[op.result] = self._linear(op, args, kwargs)
         for name in op.reads():
@@ -102,18 +103,11 @@ class Bands:
         )
 
     def _linear(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bands = [arg for arg in args if isinstance(arg, Band)]
-        if len(bands) != 1:
-            return self._interval(op)
-        [band] = bands
-        flat = _flat(band.middle)
-        boxes = tuple(Interval(flat, flat) if isinstance(arg, Band) else arg for arg in args)
+        boxes = _each(args, lambda band: Interval(_flat(band.middle), _flat(band.middle)))
         if not _ops.is_affine(op, boxes):
-            middle = op.target(*_each(args, lambda band: _flat(band.middle)), **kwargs)
-            spread = op.target(*_each(args, lambda band: _flat(band.spread)), **kwargs)
-            if isinstance(middle, list | tuple):
-                return tuple(Band(self._tall(op, m), self._tall(op, s)) for m, s in zip(middle, spread, strict=True))
-            return Band(self._tall(op, middle), self._tall(op, spread))
+            return self._moved(op, args, kwargs)
+        [band] = [arg for arg in args if isinstance(arg, Band)]
+        flat = _flat(band.middle)
         piece = _ops.parts(op, boxes, kwargs)
         # The operation with a zero operand is its offset; every column but the last must do without.
         middle, offset = (
@@ -130,6 +124,21 @@ class Bands:
         margin = piece.magnitude(band.size()) + self.columns * torch.as_tensor(piece.offset)
         found = Band(tall, spread).wider(2 * share * margin + TINY)
         return (found, *rest) if rest else found
+
+    def _moved(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Entries moved about; constants that come in beside them belong to the last column of the middle alone."""
+        middle, spread, fixed = (
+            op.target(*_each(args, part), **kwargs)
+            for part in (
+                lambda band: _flat(band.middle),
+                lambda band: _flat(band.spread),
+                lambda band: torch.zeros_like(_flat(band.middle)),
+            )
+        )
+        if isinstance(middle, list | tuple):
+            return tuple(Band(self._tall(op, m), self._tall(op, s)) for m, s in zip(middle, spread, strict=True))
+        tall, spread, fixed = (self._tall(op, part) for part in (middle, spread, fixed))
+        return Band(torch.cat([tall[:, :-1] - fixed[:, :-1], tall[:, -1:]], 1), spread - fixed)
 
     def _sum(self, op: Op, args: tuple[Any, ...]) -> Band:
         if op.kind == "neg":

@@ -25,10 +25,20 @@ _MOVES = frozenset(
     {"view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "unfold"}
     | {"slice", "select", "index_select", "index", "cat", "stack", "split", "split_with_sizes", "getitem", "repeat"}
     | {"flip", "roll", "constant_pad_nd", "upsample_nearest2d", "pixel_shuffle"}
-    | {"clone", "alias", "detach", "_to_copy", "where"}
+    | {"clone", "alias", "detach", "_to_copy", "where", "copy", "slice_scatter", "select_scatter"}
 )
 _MONOTONE = frozenset(
-    {"relu", "hardtanh", "clamp", "clamp_min", "clamp_max", "max_pool2d_with_indices", "maximum", "minimum"}
+    {
+        "relu",
+        "hardtanh",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "max_pool2d_with_indices",
+        "adaptive_max_pool2d",
+        "maximum",
+        "minimum",
+    }
     | {"amax", "amin"}
 )
 _SMOOTH = frozenset({"sigmoid", "tanh", "exp", "erf", "hardsigmoid", "elu", "leaky_relu", "softplus"})
@@ -277,10 +287,31 @@ def _inverse(op: Op, x: Interval, rounding: Rounding) -> Interval:
 
 
 def _pow(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
-    del kwargs
-    if args[1] != 2:
-        raise unsupported(op, f"with exponent {args[1]}")
-    return _square(args[0], rounding)
+    x, exponent = args[0], args[1]
+    if isinstance(exponent, Interval) or not isinstance(x, Interval):
+        raise unsupported(op, "with an exponent that depends on the image")
+    n = float(exponent) if isinstance(exponent, int | float) or exponent.numel() == 1 else 0.0
+    if n == 2:
+        return _square(x, rounding)
+    if n in (0.5, -0.5):
+        return _root(op, args, kwargs, rounding)
+    if n != int(n) or n < 1:
+        raise unsupported(op, f"with exponent {n:g}")
+    # Even powers fall up to zero; a float32 power of n is n - 1 products, or an elementary function.
+    near = torch.maximum(x.low, -x.high).clamp(min=0) if n % 2 == 0 else x.low
+    far = x.size() if n % 2 == 0 else x.high
+    return rounding.widen(near**n, far**n, x.size() ** n, terms=int(2 * n) + 12)
+
+
+def _root(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
+    """Square roots, their inverses and logarithms, which need what they read to stay above zero."""
+    x: Interval = args[0]
+    ok = x.low >= 0 if op.kind == "sqrt" or (op.kind == "pow" and float(args[1]) > 0) else x.low > 0
+    if not bool(ok.all()):
+        raise unsupported(op, "of a value that may be negative or zero")
+    ends = op.target(x.low, *args[1:], **kwargs), op.target(x.high, *args[1:], **kwargs)
+    low, high = torch.minimum(*ends), torch.maximum(*ends)
+    return rounding.widen(low, high, torch.maximum(low.abs(), high.abs()) + (op.kind == "log"), terms=12)
 
 
 def _matmul(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
@@ -315,6 +346,9 @@ _RULES: dict[str, Callable[[Op, tuple[Any, ...], dict[str, Any], Rounding], Any]
     "reciprocal": _reciprocal,
     "round": _round,
     "pow": _pow,
+    "sqrt": _root,
+    "rsqrt": _root,
+    "log": _root,
     "mm": _matmul,
     "bmm": _matmul,
     "matmul": _matmul,

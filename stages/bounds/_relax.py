@@ -8,8 +8,10 @@ the least area; the line below likewise. The hull is that of f at grid points, k
 exceeds its chord by at most M h^2 / 8, with M a bound of |f''| and h the spacing, and that is added. With M = 0
 (piecewise linear) the lines are the best there are.
 Rounding to whole numbers: x +- 1/2.
+The larger of two: below the one with the larger midpoint; above, g + (x - g)_+ + (y - g)_+ with g the larger of the low
+ends, by chords.
 Products: |x y - (m_y x + m_x y - m_x m_y)| <= r_x r_y, m and r midpoints and radii: the mean of McCormick's two planes,
-all of which agree at the centre.
+all of which agree at the centre. Quotients: x times a line of 1 / y.
 What has no rule is bounded by the constants of interval arithmetic.
 
 All is computed in float64; slopes are rounded first and intercepts made for the rounded slopes.
@@ -17,7 +19,7 @@ All is computed in float64; slopes are rounded first and intercepts made for the
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from torch import Tensor
 from stages.bounds._interval import DOUBLE, FOLDED, TINY, Interval
 from stages.bounds._trace import Op, fill
 
-_PIECES = 32
+_PIECES, _HALVINGS = 32, 14
 _ROUND = 64 * DOUBLE
 
 
@@ -61,11 +63,12 @@ class Curve:
 
 def curve(op: Op, known: Curve, x: Interval, args: tuple[Any, ...], kwargs: dict[str, Any], kind: torch.dtype) -> Lines:
     low, high = x.low.double(), x.high.double()
-    points = [low + (high - low) * (i / _PIECES) for i in range(_PIECES)] + [high]
+    pieces = 1 if known.bend == 0 else _PIECES  # between kinks there is nothing to see
+    points = [low + (high - low) * (i / pieces) for i in range(pieces)] + [high]
     points += [torch.minimum(torch.maximum(torch.full_like(low, kink), low), high) for kink in known.kinks]
     grid = torch.stack(points).sort(0).values
     heights = op.target(*(grid if isinstance(arg, Interval) else arg for arg in args), **kwargs)
-    spacing = (high - low) / _PIECES
+    spacing = (high - low) / pieces
     bend = known.bend(x) if callable(known.bend) else known.bend
     excess = bend * spacing**2 / 8 + known.jump
     middle = (low + high) / 2
@@ -90,14 +93,14 @@ def _touching(grid: Tensor, heights: Tensor, middle: Tensor) -> Tensor:
     run, rise = grid.diff(dim=0), heights.diff(dim=0)
     steps = torch.where(run > 0, rise / run.clamp(min=TINY), rise.new_zeros(()))
     low, high = steps.amin(0), steps.amax(0)
-    for _ in range(24):
+    before, after = (torch.where(side, heights, -torch.inf) for side in (grid <= middle, grid > middle))
+    for _ in range(_HALVINGS):
         k = (low + high) / 2
-        best = (heights - k * grid).argmax(0, keepdim=True)
-        right = grid.gather(0, best)[0] > middle
+        right = (after - k * grid).amax(0) > (before - k * grid).amax(0)
         low, high = torch.where(right, k, low), torch.where(right, high, k)
     # The exact slope is that of a pair of points: the last ones taken left and right of the middle.
-    left = (heights - high * grid).argmax(0, keepdim=True)
-    rest = (heights - low * grid).argmax(0, keepdim=True)
+    left = (before - high * grid).argmax(0, keepdim=True)
+    rest = (after - low * grid).argmax(0, keepdim=True)
     x0, x1, y0, y1 = (t.gather(0, i)[0] for t in (grid, heights) for i in (left, rest))
     k = torch.where(x1 - x0 > 1e-9, (y1 - y0) / (x1 - x0).clamp(min=TINY), (low + high) / 2)
     return torch.where(torch.isfinite(k), k, 0.0)
@@ -110,6 +113,53 @@ def product(op: Op, a: Interval, b: Interval, kind: torch.dtype) -> Lines:
     one, two = mb.to(kind), ma.to(kind)
     first, second = op.args[0].name, op.args[1].name
     return Lines({first: (one, one), second: (two, two)}, -ma * mb - reach - slack, reach - ma * mb + slack)
+
+
+def quotient(op: Op, a: Interval, b: Interval, kind: torch.dtype) -> Lines:
+    """a w with w = 1 / b bounded by lines of its own: the planes of a product, with w's lines put in."""
+    [(down, up)], w_low, w_high = _reciprocal(op, b, kind)
+    ends = torch.stack([1 / b.low.double(), 1 / b.high.double()])
+    spare = _ROUND * ends.abs().amax(0)
+    box = Interval(ends.amin(0) - spare, ends.amax(0) + spare)
+    (ma, ra), (mw, rw) = middle(a, kind), middle(box, kind)
+    slack = _ROUND * (ma.abs() + ra) * (mw.abs() + rw) + TINY
+    rises = ma > 0
+    below, above = torch.where(rises, w_low, w_high), torch.where(rises, w_high, w_low)
+    slopes = [torch.where(rises, x, y).double() * ma for x, y in ((down, up), (up, down))]
+    sides = [slope.to(kind) for slope in slopes]
+    far = torch.maximum(b.low.abs(), b.high.abs()).double()
+    loss = slack + (ra * rw) + _ROUND * (ma * w_low).abs() + _ROUND * (ma * w_high).abs()
+    lost = [loss + (side.double() - slope).abs() * far for side, slope in zip(sides, slopes, strict=True)]
+    lines = ma * below - ma * mw - lost[0], ma * above - ma * mw + lost[1]
+    one = mw.to(kind)
+    return Lines({op.args[0].name: (one, one), op.args[1].name: (sides[0], sides[1])}, *lines)
+
+
+def _reciprocal(op: Op, b: Interval, kind: torch.dtype) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+    inverse = replace(op, kind="reciprocal", target=torch.reciprocal, args=(op.args[1],))
+    lines = curve(inverse, _CURVES["reciprocal"], b, (b,), {}, kind)
+    return list(lines.slopes.values()), lines.low, lines.high
+
+
+def larger(op: Op, x: Interval, y: Interval, kind: torch.dtype) -> Lines:
+    """max(x, y); and min(x, y) = -max(-x, -y)."""
+    sign = -1.0 if op.kind == "minimum" else 1.0
+    ends = [(z.low.double(), z.high.double()) if sign > 0 else (-z.high.double(), -z.low.double()) for z in (x, y)]
+    (xl, xu), (yl, yu) = ends
+    level = torch.maximum(xl, yl)
+    first = ((xl + xu) >= (yl + yu)).to(kind)
+    below = first, 1 - first
+    low, high = torch.zeros_like(level), level
+    above = []
+    for bottom, top in ends:
+        exact = torch.where(top > level, (top - level) / (top - bottom).clamp(min=TINY), 0.0)
+        share = exact.to(kind)
+        near, size = share.double(), top.abs() + bottom.abs() + level.abs()
+        high = high + ((near - exact).abs() + _ROUND) * (top - bottom) + _ROUND * size - near * bottom
+        above.append(share)
+    sides = list(zip(below, above, strict=True)) if sign > 0 else list(zip(above, below, strict=True))
+    found = {arg.name: side for arg, side in zip(op.args, sides, strict=True)}
+    return Lines(found, low, high) if sign > 0 else Lines(found, -high, low)
 
 
 def middle(x: Interval, kind: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -133,7 +183,19 @@ def constant(result: Interval) -> Lines:
 
 
 def elementwise(op: Op, values: dict[str, Any], kind: torch.dtype) -> Lines | None:
-    """The lines of an elementwise operation, or None where it has no rule here."""
+    """The lines of an elementwise operation, the interval's ends where they are not finite; None without a rule."""
+    lines, result = _lines(op, values, kind), values[op.result]
+    if lines is None:
+        return None
+    fine = torch.isfinite(lines.low) & torch.isfinite(lines.high)
+    if bool(fine.all()):
+        return lines
+    slopes = {n: (torch.where(fine, a, 0.0), torch.where(fine, b, 0.0)) for n, (a, b) in lines.slopes.items()}
+    ends = constant(result)
+    return Lines(slopes, torch.where(fine, lines.low, ends.low), torch.where(fine, lines.high, ends.high))
+
+
+def _lines(op: Op, values: dict[str, Any], kind: torch.dtype) -> Lines | None:
     args, kwargs = fill(op.args, values), fill(dict(op.kwargs), values)
     if op.kind == "relu":
         return relu(op, args[0], kind)
@@ -141,11 +203,30 @@ def elementwise(op: Op, values: dict[str, Any], kind: torch.dtype) -> Lines | No
         return rounded(op, args[0], kind)
     if op.kind == "mul" and op.args[0] != op.args[1]:
         return product(op, args[0], args[1], kind)
+    two = all(isinstance(arg, Interval) for arg in args[:2]) and op.args[0] != op.args[-1]
+    if op.kind in {"maximum", "minimum"} and two:
+        return larger(op, args[0], args[1], kind)
+    if op.kind == "div" and isinstance(args[1], Interval):
+        return quotient(op, args[0], args[1], kind) if two else None
     known = _known(op, args, kwargs)
     if known is None:
         return None
     x = next(arg for arg in args if isinstance(arg, Interval))
     return curve(op, known, x, args, kwargs, kind)
+
+
+def crossed(op: Op, values: dict[str, Any], box: Interval) -> Tensor:
+    """Where lines depend on the box: everywhere, but for straight pieces only where a kink lies inside."""
+    if op.kind == "relu":
+        return (box.low < 0) & (box.high > 0)
+    args, kwargs = fill(op.args, values), fill(dict(op.kwargs), values)
+    known = _known(op, args, kwargs) if sum(isinstance(arg, Interval) for arg in args) == 1 else None
+    if known is None or known.bend != 0 or known.jump:
+        return box.low < box.high
+    found = torch.zeros_like(box.low, dtype=torch.bool)
+    for kink in known.kinks:
+        found |= (box.low < kink) & (box.high > kink)
+    return found
 
 
 def _name(op: Op) -> str:
@@ -166,9 +247,17 @@ def _known(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Curve | Non
     if op.kind == "softplus":
         beta, threshold = ([float(v) for v in rest] + [1.0, 20.0][len(rest) :])[:2]
         return Curve(beta / 4, (threshold / beta,), math.exp(-threshold) / beta)
-    if op.kind == "pow" and rest == [2]:
-        return Curve(2.0)
+    if op.kind == "pow":
+        return _power(float(rest[0]))
+    if op.kind in {"maximum", "minimum"}:
+        return Curve(0.0, tuple(float(end) for end in rest))
     return _CURVES.get(op.kind)
+
+
+def _power(exponent: float) -> Curve:
+    """x^n for the n that have an interval rule; their second derivative is monotone in |x|."""
+    n, whole = exponent, exponent == int(exponent) and exponent >= 1
+    return Curve(lambda x: abs(n * (n - 1)) * (x.size() if whole else x.low).double().abs() ** (n - 2))
 
 
 # Bounds of |f''|: sigmoid 1/(6 sqrt 3), tanh 4/(3 sqrt 3), erf 4/sqrt(2 pi e), silu 1/2 at 0, gelu 2 phi(0) = 0.798
@@ -185,5 +274,8 @@ _CURVES = {
     "gelu": Curve(0.85),
     "exp": Curve(lambda x: x.high.double().exp()),
     "mul": Curve(2.0),
+    "sqrt": _power(0.5),
+    "rsqrt": _power(-0.5),
+    "log": Curve(lambda x: x.low.double() ** -2),
     "reciprocal": Curve(lambda x: 2 / torch.minimum(x.low.abs(), x.high.abs()).double() ** 3),
 }

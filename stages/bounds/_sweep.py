@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stages.bounds import _special  # noqa: F401  registers its rules
+from stages.bounds import _relax, _special  # noqa: F401  the latter registers its rules
 from stages.bounds._backward import Chain
 from stages.bounds._interval import outward
 from stages.bounds._trace import Op
@@ -41,13 +41,13 @@ def logits(chain: Chain, rows: Tensor, memory: float, bound: Bound = Chain.bound
 
 
 def tighten(chain: Chain, op: Op, memory: float, bound: Bound = Chain.bound) -> None:
-    """Bounds from the image for what `op` reads, where they can matter: a ReLU's inputs of open sign, others' all."""
+    """Bounds from the image for what `op` reads, where they can matter (`_relax.crossed`)."""
     for name in chain.operands(op):
         if name in chain.fronts or name == chain.graph.input or chain.sharp.get(name) or name in chain.tight:
             continue
         chain.tight.add(name)
         box = chain.values[name]
-        matters = (box.low < 0) & (box.high > 0) if op.kind == "relu" else box.low < box.high
+        matters = _relax.crossed(op, chain.values, box)
         open_ = chain.flat(name, matters)
         count = int(open_.sum(1).max())
         if count == 0:

@@ -21,7 +21,7 @@ from stages.method import InputError
 __all__ = ["MASKED", "Op", "Ref", "Trace", "fill", "substitute", "trace"]
 MASKED = -1e30  # stands for -inf in masks; see `_attention`
 _COUNTS = 2, 3  # images in the two recordings
-_SHAPED = frozenset({"expand", "view", "permute", "unsqueeze", "squeeze", "full", "repeat", "select", "slice"})
+_SHAPED = frozenset({"expand", "view", "permute", "unsqueeze", "squeeze", "full", "zeros", "repeat", "select", "slice"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from stages.bounds import _sweep
 from stages.bounds._backward import Chain
+from stages.bounds._forward import Bands
 from stages.bounds.base import Box
 from stages.seeding import generator
 
@@ -21,13 +22,30 @@ _W = torch.tensor([1.5, -2.0, 0.3, 0.0, -0.7, 1.0])
 SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
     "layer_norm": lambda x: F.layer_norm(x, (6,), _W.to(x), _W.flip(0).to(x)),
     "layer_norm, two dimensions": lambda x: F.layer_norm(x, (2, 6)),
+    "normalised by hand": lambda x: x / ((x * x).mean(-1, keepdim=True) + 0.1).sqrt(),
     "softmax": lambda x: x.softmax(-1),
     "softmax, first dimension": lambda x: x.softmax(1),
     "softmax, masked": lambda x: (2 * x + _MASK.to(x)).softmax(-1),
     "softmax, filled": lambda x: x.masked_fill(_MASK < 0, -torch.inf).softmax(-1),
     "softmax, shut out": lambda x: torch.where(_MASK < 0, torch.finfo(x.dtype).min, 3 * x).softmax(-1),
 }
-ROUGH: dict[str, Callable[[Tensor], Tensor]] = {}
+ROUGH: dict[str, Callable[[Tensor], Tensor]] = {
+    "max_pool": lambda x: F.max_pool2d(x.view(-1, 1, 3, 4), 2, 1, 1),
+    "max_pool, holes": lambda x: F.max_pool2d(x.view(-1, 1, 3, 4), (2, 3), (1, 2), (1, 1), 2, ceil_mode=True),
+    "adaptive_max_pool": lambda x: F.adaptive_max_pool2d(x.view(-1, 1, 3, 4), (2, 3)),
+    "amax": lambda x: x.amax(1, keepdim=True),
+    "amax, all": lambda x: x.amax((1, 2)).unsqueeze(1),
+    "maximum": lambda x: torch.maximum(x[:, 0], 0.7 * x[:, 1].flip(1)),
+    "minimum": lambda x: torch.minimum(x[:, 0], 0.7 * x[:, 1].flip(1)),
+    "maximum with a constant": lambda x: torch.maximum(x, torch.full((1,), 0.3).to(x)),
+    "product": lambda x: x[:, 0] * x[:, 1].flip(1),
+    "matrices": lambda x: x @ x.transpose(1, 2),
+    "quotient": lambda x: x[:, 0] / (0.3 + x[:, 1].abs()),
+    "negative quotient": lambda x: x[:, 0] / (-0.3 - x[:, 1].exp()),
+    "cube": lambda x: x**3,
+    "fourth power": lambda x: x**4,
+    "amin": lambda x: x.amin((2,)),
+}
 
 
 class Single(nn.Module):
@@ -118,3 +136,38 @@ def test_lines_of_a_smooth_function_are_off_by_the_square_of_the_radius(name: st
     wide, narrow = (float(gaps(net, Box(x - r, x + r), x.unsqueeze(0)).max()) for r in (1e-2, 1e-3))
     assert 0 < narrow < wide / 50
     assert wide < 0.05
+
+
+MOVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "padded": lambda x: F.pad(x, (1, 1), value=0.7),
+    "class token": lambda x: torch.cat([torch.ones(1, 1, 6).to(x).expand(x.shape[0], 1, 6), x], 1),
+    "class token added to": lambda x: torch.full((1, 1, 6), 2.0).to(x).expand(x.shape[0], 1, 6) - x,
+    "masked": lambda x: torch.where(_MASK < 0, 3.0, x[:, :1] + x[:, 1:]).sigmoid(),
+    "both halves": lambda x: torch.cat([x[:, :1].relu(), x[:, 1:] * x[:, :1]], 2),
+    "reflected": lambda x: F.pad(x, (2, 2), mode="reflect"),
+    "circular": lambda x: F.pad(x, (2, 2), mode="circular"),
+    "replicated": lambda x: F.pad(x, (2, 2), mode="replicate"),
+}
+
+
+@pytest.mark.parametrize("name", [*MOVED, *(name for name in ROUGH if "pool" not in name)])
+def test_no_value_leaves_its_band(name: str) -> None:
+    net, rng = Single((MOVED | ROUGH)[name]).eval(), generator(2, name)
+    for box in boxes(rng)[1:]:
+        chain = Chain(net, box, 0.0, True)
+        bands = Bands(chain)
+        for op in chain.graph.ops:
+            if op.result in chain.graph.moving:
+                chain.follow(op)
+                bands.follow(op)
+        assert all(bool((part >= 0).all()) for part in slacks(chain))
+        middle, radius = (part.flatten(1) for part in chain.ends.inside.split())
+        live = (radius > 0).any(0)
+        band = bands.held[chain.graph.output]
+        for x in points(box, rng, 60):
+            share = (x.flatten(1) - middle) / radius.clamp(min=1e-30)
+            share = torch.cat([share[:, live], torch.ones(len(x), 1)], 1)
+            m, d = (torch.einsum("bc,bcn->bn", share, part.flatten(2)) for part in (band.middle, band.spread))
+            value = net(x).flatten(1)
+            assert bool((m - d <= value + 1e-12).all())
+            assert bool((value - 1e-12 <= m + d).all())
