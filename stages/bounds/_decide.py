@@ -2,8 +2,9 @@
 
 A domain is a box of inputs together with signs of some ReLU inputs. It is bounded by linear bounds with free slopes
 and a multiplier for every known sign (beta-CROWN, Wang et al. 2021, theorem 3.1); domains of all images and rows are
-bounded together, worst first. A domain not yet proved is split at the open ReLU whose lines lose most (after Bunel et
-al. 2020), or, where none is open, across the input that the bound depends on most: complete on ReLU networks.
+bounded together, those of the rows that had least before the others, and a row's worst first. A domain not yet proved
+is split at the open ReLU whose lines lose most (after Bunel et al. 2020), or, where none is open, across the input that
+the bound depends on most: complete on ReLU networks.
 Where linear bounds are worst, the box's corner is tried as a counterexample.
 
 Boxes of pre-activations are found once per image and cut with the signs; interval arithmetic carries the cuts on. Where
@@ -14,6 +15,7 @@ paper: one score for splitting, no look-ahead; rounding as in `_backward`, so a 
 import heapq
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,10 +24,12 @@ from torch import Tensor, nn
 from stages.bounds import _slopes, _sweep
 from stages.bounds._backward import Chain
 from stages.bounds._interval import UNITS
+from stages.bounds._trace import Op
 from stages.bounds.base import Ball, Box
 from stages.method import InputError
 
 Split = tuple[int, int, int]  # which ReLU, which of its inputs, sign
+Pause = Callable[[Tensor, Tensor, Tensor], Tensor]
 _RATE = 0.1
 
 
@@ -59,7 +63,7 @@ def decide(
     box: Box,
     rows: Tensor,
     seconds: float,
-    goal: float = 0.0,
+    goal: float | Tensor = 0.0,
     arithmetic: str = "float32",
     domains: int = 64,
     steps: int = 20,
@@ -67,20 +71,23 @@ def decide(
     memory: float = 2.0,
     limit: int = 1_000_000,
     on_step: Callable[[int, int], None] | None = None,
+    pause: Pause | None = None,
 ) -> Decision:
     """Is rows [B, R, K] @ logits > goal on all of the box? `seconds` for the whole batch; `domains` bounded at once.
 
     `steps` and `box_steps` are the ascent steps on a domain's bound and on the boxes of pre-activations; `limit` is the
-    most domains that are bounded, for answers that do not depend on time. `on_step` counts rows decided. Raises
-    `InputError` where seconds is not positive, and what linear bounds raise.
+    most domains that are bounded, for answers that do not depend on time. `goal` is one or [B, R]. `on_step` counts
+    rows decided; `pause` hears now and then which rows are open, and what was refuted by which points, and answers
+    which rows bool [B, R] to leave as they are. Raises `InputError` where seconds is not positive, and what linear
+    bounds raise.
     """
     if not seconds > 0:
         raise InputError(f"seconds: expected a time above 0, got {seconds:g}")
     with torch.no_grad():
-        search = _Search(
-            net, box, rows, goal, arithmetic, domains, steps, box_steps, memory, time.monotonic() + seconds
-        )
-        search.run(limit, on_step)
+        end = time.monotonic() + seconds
+        wanted = torch.as_tensor(goal, dtype=torch.float64, device=rows.device).expand(rows.shape[:2])
+        search = _Search(net, box, rows, wanted, arithmetic, domains, steps, box_steps, memory, end)
+        search.run(limit, on_step, pause)
         return Decision(search.result(), search.broken, search.points)
 
 
@@ -90,7 +97,7 @@ class _Search:
         net: nn.Module,
         box: Box,
         rows: Tensor,
-        goal: float,
+        goal: Tensor,
         arithmetic: str,
         domains: int,
         steps: int,
@@ -105,15 +112,34 @@ class _Search:
         self.points = centre.unsqueeze(1).expand(len(rows), rows.shape[1], *centre.shape[1:]).clone()
         self.broken = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)
         chain = Chain(net, box, self.unit, self.double)
-        _sweep.follow(chain, lambda op: _sweep.tighten(chain, op, memory))
+        self._tightened(chain, memory, Chain.bound)
         self.lower = _sweep.logits(chain, rows, memory)
         self.closed = torch.full_like(self.lower, torch.inf)
         self.relus = [op for op in chain.done if op.kind == "relu"]
+        self.input = chain.graph.input
         self.at_once = max(1, min(domains, _sweep.block(chain, memory / (4 * (1 + len(self.relus)))) * chain.batch))
-        self.heap: list[tuple[float, int, _Domain]] = []
+        self.heap: list[tuple[int, float, int, _Domain]] = []
+        self.dropped: list[_Domain] = []
+        self.left = torch.zeros_like(self.broken)
+        self.visits = torch.zeros_like(self.broken, dtype=torch.int64)
+        self.waiting = torch.zeros_like(self.visits)
         self.count = 0
 
-    def run(self, limit: int, on_step: Callable[[int, int], None] | None) -> None:
+    def _tightened(self, chain: Chain, memory: float, bound: _sweep.Bound) -> None:
+        """All operations in turn; boxes stay as wide as intervals make them where the time is over."""
+
+        def timed(chain: Chain, name: str, slopes: Tensor) -> Tensor:
+            if time.monotonic() > self.end:
+                raise TimeoutError
+            return bound(chain, name, slopes)
+
+        def tighten(op: Op) -> None:
+            with suppress(TimeoutError):
+                _sweep.tighten(chain, op, memory, timed)
+
+        _sweep.follow(chain, tighten)
+
+    def run(self, limit: int, on_step: Callable[[int, int], None] | None, pause: Pause | None) -> None:
         self._try(self.points)
         open_ = (self.lower <= self.goal) & ~self.broken
         images = open_.any(1).nonzero()[:, 0]
@@ -121,25 +147,34 @@ class _Search:
             return
         self._descend(open_)
         self._root(images)
-        for image, row in ((self.lower <= self.goal) & ~self.broken).nonzero().tolist():
+        self._paused(pause, (self.lower <= self.goal) & ~self.broken)
+        for image, row in ((self.lower <= self.goal) & ~self.broken & ~self.left).nonzero().tolist():
             self._push(_Domain(image, row, self.box.low[image], self.box.high[image]))
         while self.heap and limit > 0 and time.monotonic() < self.end:
             batch: list[_Domain] = []
             while self.heap and len(batch) < min(limit, self.at_once):
-                domain = heapq.heappop(self.heap)[2]
-                if not bool(self.broken[domain.image, domain.row]):
+                domain = heapq.heappop(self.heap)[3]
+                self.waiting[domain.image, domain.row] -= 1
+                if not bool(self.broken[domain.image, domain.row] | self.left[domain.image, domain.row]):
                     batch.append(domain)
+                else:
+                    self.dropped.append(domain)
             if batch:
                 self._bound(batch)
             limit -= len(batch)
+            open_ = (self.waiting > 0) & ~self.broken & ~self.left
             if on_step is not None:
-                left = len({(d.image, d.row) for _, _, d in self.heap})
-                on_step(self.lower.numel() - left, self.lower.numel())
+                on_step(open_.numel() - int(open_.sum()), open_.numel())
+            self._paused(pause, open_)
+
+    def _paused(self, pause: Pause | None, open_: Tensor) -> None:
+        if pause is not None:
+            self.left |= pause(open_, self.broken, self.points)
 
     def result(self) -> Tensor:
-        """The least bound of a row's leaves, proved or not, and never below the first one."""
+        """The least bound of a row's leaves, proved, open or dropped, and never below the first one."""
         found = self.closed.clone()
-        for _, _, domain in self.heap:
+        for domain in (*self.dropped, *(entry[-1] for entry in self.heap)):
             here = found[domain.image, domain.row]
             found[domain.image, domain.row] = min(float(here), domain.bound)
         searched = torch.isfinite(found)
@@ -147,13 +182,14 @@ class _Search:
 
     def _push(self, domain: _Domain) -> None:
         self.count += 1
-        heapq.heappush(self.heap, (domain.bound, self.count, domain))
+        self.waiting[domain.image, domain.row] += 1
+        heapq.heappush(self.heap, (int(self.visits[domain.image, domain.row]), domain.bound, self.count, domain))
 
     def _root(self, images: Tensor) -> None:
         """Boxes of what non-linear operations read, with optimised slopes, for the images that are open."""
         chain = Chain(self.net, self._part(images, self.box.low[images], self.box.high[images]), self.unit, self.double)
         room = self.memory / (4 * (1 + len(self.relus)))
-        _sweep.follow(chain, lambda op: _sweep.tighten(chain, op, room, _slopes.optimised(self.box_steps, _RATE)))
+        self._tightened(chain, room, _slopes.optimised(self.box_steps, _RATE))
         self.place = {int(image): i for i, image in enumerate(images)}
         names = {name for op in chain.done if op.result in chain.fronts for name in chain.operands(op)}
         self.roots = {name: tuple(chain.flat(name, end) for end in _ends(chain, name)) for name in names}
@@ -205,33 +241,41 @@ class _Search:
             slopes[0] = torch.stack([domain.slopes.get(key, slopes[0, i]) for i, domain in enumerate(batch)])
         names = {relu.result: relu.reads()[0] for relu in self.relus}
         start = {key: chain.unflat(names[key], betas[key]) for key in held}
-        goal = torch.tensor(self.goal, device=box.low.device)
+        goal = self.goal[images, rows]
+        self.visits.index_put_((images, rows), torch.ones_like(rows), accumulate=True)
         found = _slopes.ascend(chain, chain.graph.output, here, first, held, self.steps, _RATE, goal, start)
         best, watch = found.best, found.watch
         ended = {key: chain.flat(names[key], value) for key, value in found.multipliers.items()}
-        self._corners(batch, chain, watch)
+        self._corners(batch, images, rows, watch)
         scores = self._scores(chain, signs, watch)
-        bounds = torch.where(chain.empty, torch.inf, best[0]).tolist()
+        bounds, goals = torch.where(chain.empty, torch.inf, best[0]).tolist(), goal.tolist()
         for i, domain in enumerate(batch):
             bound = max(bounds[i], domain.bound)
             spot = (domain.image, domain.row)
-            if bound > self.goal:
+            if bound > goals[i]:
                 self.closed[spot] = min(float(self.closed[spot]), bound)
             elif not bool(self.broken[spot]):
                 kept = tuple(float(ended[self.relus[which].result][i, neuron]) for which, neuron, _ in domain.splits)
                 ends = {key: ended_at[0, i].clone() for key, ended_at in found.lower.items()}
                 after = replace(domain, bound=bound, multipliers=kept, slopes=ends)
                 self._split(after, scores[i], watch.get(chain.graph.input), i)
+            else:
+                self.dropped.append(domain)
 
-    def _corners(self, batch: list[_Domain], chain: Chain, watch: dict[str, Tensor]) -> None:
+    def _corners(self, batch: list[_Domain], images: Tensor, rows: Tensor, watch: dict[str, Tensor]) -> None:
         """Where the last linear bound is least, the network itself may be low enough."""
-        slopes = watch.get(chain.graph.input)
+        slopes = watch.get(self.input)
         if slopes is None:
             return
-        low, high = torch.stack([d.low for d in batch]), torch.stack([d.high for d in batch])
-        points = torch.where(slopes[0] > 0, low, high)
-        for i, domain in enumerate(batch):
-            self._keep(domain.image, domain.row, self._inside(domain.image, points[i]))
+        points = torch.where(slopes[0] > 0, torch.stack([d.low for d in batch]), torch.stack([d.high for d in batch]))
+        if self.box.ball is not None:
+            points = torch.stack([self._inside(d.image, point) for d, point in zip(batch, points, strict=True)])
+        values = (self.rows[images, rows].double() * self.net(points).double()).sum(1)
+        for i in (values <= self.goal[images, rows]).nonzero()[:, 0].tolist():
+            image, row = batch[i].image, batch[i].row
+            if not bool(self.broken[image, row]):
+                self.broken[image, row] = True
+                self.points[image, row] = points[i]
 
     def _inside(self, image: int, point: Tensor) -> Tensor:
         """The point drawn towards the ball's centre until it is in the ball."""
@@ -241,12 +285,6 @@ class _Search:
         away = point - ball.centre[image]
         length = torch.linalg.vector_norm(away.double(), 1.0 if ball.norm == "l1" else 2.0)
         return ball.centre[image] + away * min(1.0, ball.eps / max(float(length), 1e-12) * (1 - 1e-6))
-
-    def _keep(self, image: int, row: int, point: Tensor) -> None:
-        value = float(self.rows[image, row].double() @ self.net(point.unsqueeze(0))[0].double())
-        if value <= self.goal and not bool(self.broken[image, row]):
-            self.broken[image, row] = True
-            self.points[image, row] = point
 
     def _try(self, points: Tensor) -> None:
         """Keeps the points [B, R, ...] that refute their rows."""

@@ -1,6 +1,6 @@
 """Free slopes of ReLUs, and multipliers of split ones, chosen by gradient ascent on the bound itself."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +74,7 @@ def ascend(
     moving = [*alphas.values(), *betas.values()]
     best = torch.full(slopes.shape[:2], -torch.inf, dtype=torch.float64, device=slopes.device)
     watch: dict[str, Tensor] = {}
-    chosen = torch.optim.Adam(moving, rate, maximize=True) if moving else None
+    climb = _Adam(moving)
     for step in range(steps + 1):
         with torch.enable_grad():
             push = {key: -(beta * signs[key]).unsqueeze(0) for key, beta in betas.items()}
@@ -82,17 +82,31 @@ def ascend(
             found = chain.bound(name, slopes, lower=alphas, push=push, watch=watch)
             total = found.sum()
         best = torch.maximum(best, found.detach())
-        if chosen is None or step == steps or (goal is not None and bool((best > goal).all())):
+        if not moving or step == steps or (goal is not None and bool((best > goal).all())):
             break
-        grads = torch.autograd.grad(total, moving, allow_unused=True, materialize_grads=True)
-        for value, grad in zip(moving, grads, strict=True):
-            value.grad = grad
-        for group in chosen.param_groups:
-            group["lr"] = rate * 0.97**step
-        chosen.step()
+        climb.step(torch.autograd.grad(total, moving, allow_unused=True, materialize_grads=True), rate * 0.97**step)
         with torch.no_grad():
             for value in alphas.values():
                 value.clamp_(0, 1)
             for value in betas.values():
                 value.clamp_(min=0)
     return Ascent(best, *({key: value.detach() for key, value in part.items()} for part in (alphas, betas, watch)))
+
+
+class _Adam:
+    """Ascent by Adam (Kingma and Ba 2015) with their constants; torch's own loads a compiler, which takes seconds."""
+
+    def __init__(self, moving: Sequence[Tensor]) -> None:
+        self.moving = moving
+        self.means = [torch.zeros_like(value) for value in moving]
+        self.squares = [torch.zeros_like(value) for value in moving]
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, grads: Sequence[Tensor], rate: float) -> None:
+        self.count += 1
+        reach = rate / (1 - 0.9**self.count)
+        for value, grad, mean, square in zip(self.moving, grads, self.means, self.squares, strict=True):
+            mean.lerp_(grad, 0.1)
+            square.lerp_(grad.square(), 0.001)
+            value.addcdiv_(mean, (square / (1 - 0.999**self.count)).sqrt_().add_(1e-8), value=reach)

@@ -84,6 +84,7 @@ class Hunt:
         ends = torch.where(at == 1, high[corners], low[corners] + at * (high - low)[corners])
         return torch.cat([x[near], self._within(ends, which[corners])]), torch.cat([which[near], which[corners]])
 
+    @torch.enable_grad()
     def _descend(self, x: Tensor, which: Tensor, clock: Clock, steps: int = _STEPS) -> Array | None:
         low, high = self._box(which)
         width = high - low

@@ -15,11 +15,11 @@ from stages.method import InputError
 from stages.nn._atomic import write
 from stages.seeding import generator
 from stages.verification import prove
+from stages.verification.branching import Branching
 from stages.verification.cases import Array, Cases
 from stages.verification.clock import Clock
 from stages.verification.falsify import Hunt
 from stages.verification.model import Model, opened
-from stages.verification.neurons import Branching
 from stages.verification.vnnlib import parse
 
 Word = Literal["sat", "unsat", "unknown"]
@@ -76,7 +76,10 @@ class Trial:
         if witness is not None:
             return self._sat(witness)
         gap = self.model.disagreement(self._points())
-        if gap <= _ALIKE:
+        if not torch.equal(self.cases.rows.float().double(), self.cases.rows):
+            self.why = "a constraint has factors of more digits than float32 holds, so nothing is proved"
+            self.say(self.why)
+        elif gap <= _ALIKE:
             witness = self._prove()
             if witness is not None:
                 return self._sat(witness)
@@ -119,7 +122,7 @@ class Trial:
     def _branch(self) -> Array | None:
         branching = Branching(self.model.net, self.cases, self.hunt)
         self.still, witness = branching.run(self.still, self.clock)
-        self.say(f"branching: {branching.domains} domains bounded, {len(self.still)} cases are open")
+        self.say(f"branching: {len(self.still)} of {len(self.cases.bounds)} cases are open")
         return witness
 
     def _hunt(self, rounds: int | None, part: float) -> Array | None:

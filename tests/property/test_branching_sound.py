@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from stages.seeding import generator
+from stages.verification.branching import Branching
 from stages.verification.cases import Cases
 from stages.verification.clock import Clock
 from stages.verification.falsify import Hunt
 from stages.verification.model import Model
-from stages.verification.neurons import Branching
 from stages.verification.vnnlib import parse
 from tests.specs import any_of, layers, mlp, reachable, spec
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stages.bounds._decide import decide
+from stages.bounds._decide import _Search, decide
 from stages.bounds.base import Ball, Box
 from stages.bounds.branch_and_bound import BranchAndBound
 from stages.bounds.crown import Crown
@@ -120,3 +120,26 @@ def test_time_is_kept_and_what_is_known_by_then_returned() -> None:
     assert bool(torch.isfinite(found.lower).all())
     with pytest.raises(InputError, match="above 0"):
         decide(net, Box(x, x), torch.ones(2, 2, 3), 0.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_row_that_a_corner_refutes_on_the_way_is_not_proved(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is bounded last decides nothing alone: a domain with a counterexample in it stays part of the answer."""
+    monkeypatch.setattr(_Search, "_descend", lambda *_: None)
+    monkeypatch.setattr(_Search, "_try", lambda *_: None)
+    rng = generator(seed, "refuted")
+    net = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=rng))
+    x = torch.zeros(1, 2)
+    grid = torch.cartesian_prod(*[torch.linspace(-1, 1, 201)] * 2)
+    rows = torch.eye(3).expand(1, 3, 3)
+    least = net(grid).detach().amin(0)
+    goal = (least + torch.tensor([0.02, 0.2, 0.5])).unsqueeze(0)
+    found = decide(net, Box(x - 1, x + 1), rows, 60.0, goal.double(), limit=200)
+    assert bool(found.broken.any())
+    assert bool((found.lower <= least + 1e-4).all())
+    values = (found.points @ torch.eye(2)).flatten(0, 1)
+    refuted = net(values).detach().diagonal()[found.broken[0]]
+    assert bool((refuted <= goal[found.broken] + 1e-5).all())
