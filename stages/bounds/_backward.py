@@ -7,6 +7,8 @@ g' |L|^T |a|. Then a^T y differs from what is bounded by at most (g + g') |a|^T 
 value carries a slack e, e_y = |L| e_x + (g + g') S, from one non-linear operation to the next, where it moves the lines
 outward: |a^T| e at the operand is at most |slope| |a|^T e at the result. The offsets b travel forward in the same way,
 so the backward pass only transposes and sums intercepts. Sums over a value are formed in blocks and added in float64.
+
+Values of images and the coefficients of their entries are channels-last (`_layout`).
 """
 
 import math
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.bounds import _linear, _ops, _relax
+from stages.bounds import _layout, _linear, _ops, _relax
 from stages.bounds._ball import Ends
 from stages.bounds._interval import DOUBLE, SINGLE, TINY, Interval, Rounding, gamma, low_ends, outward
 from stages.bounds._trace import Op, Trace, fill, trace
@@ -45,7 +47,8 @@ class Chain:
         self.own = DOUBLE if self.kind == torch.float64 else SINGLE
         self.rounding = Rounding(unit, self.own)
         self.batch = len(box.low)
-        self.ends = Ends(box, self.kind)
+        self._last = not _layout.trained(net)
+        self.ends = Ends(box, self.kind, self._last)
         self.values: dict[str, Any] = {name: self._cast(value) for name, value in self.graph.constants(net).items()}
         self.values[self.graph.input] = self.ends.inside
         self.offset: dict[str, Any] = {}
@@ -174,7 +177,8 @@ class Chain:
         """The inverse of `flat`."""
         shape, lead, inner = self.shape(name), value.shape[:-2], self._stride(name)
         value = value.reshape(*lead, self.batch, value.shape[-1] // inner, inner).transpose(-3, -2)
-        return value.reshape(*lead, *shape)
+        box = self.values[name]
+        return _layout.alike(value.reshape(*lead, *shape), (box[0] if isinstance(box, tuple) else box).low)
 
     def shape(self, name: str) -> torch.Size:
         value = self.values[name]
@@ -190,7 +194,7 @@ class Chain:
 
     def _cast(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
-            value = value.to(self.kind)
+            value = _layout.last(value.to(self.kind), self._last)
             return value if torch.is_grad_enabled() else value.detach()
         return value
 
@@ -204,19 +208,27 @@ class Chain:
 
     def dot(self, name: str, slopes: Tensor, weights: Tensor) -> Tensor:
         """[R, B] float64: slopes [R, *shape] times weights (broadcast to [*shape] or [R, *shape]), per example."""
-        shape = self.shape(name)
-        if weights.dim() > len(shape) and len(weights) > 1:
-            return self.flat(name, slopes * weights).sum(-1, dtype=torch.float64)
-        rows, ones = self.flat(name, slopes), self.flat(name, weights.expand(1, *shape))[0]
+        return self.dots(name, (slopes, weights))
+
+    def dots(self, name: str, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+        """The sum of several `dot`, in one pass."""
+        (slopes, weights), *more = pairs
+        terms = slopes * weights
+        for others, theirs in more:
+            terms = terms.addcmul_(others, theirs)
+        rows = self._entries(name, terms)
         whole = rows.shape[-1] // _BLOCK * _BLOCK
-        ends = torch.einsum("rbn,bn->rb", rows[..., whole:], ones[..., whole:]).double()
-        if not whole:
-            return ends
-        left = rows[..., :whole].reshape(len(slopes), -1, _BLOCK)
-        right = ones[..., :whole].reshape(-1, _BLOCK)
-        parts = (left.transpose(0, 1) @ right.unsqueeze(-1)).squeeze(-1)
-        total: Tensor = ends + parts.view(self.batch, -1, len(slopes)).sum(1, dtype=torch.float64).T
+        total: Tensor = rows[..., whole:].sum(-1).double()
+        if whole:
+            total = total + rows[..., :whole].reshape(*rows.shape[:2], -1, _BLOCK).sum(-1).sum(-1, dtype=torch.float64)
         return total
+
+    def _entries(self, name: str, terms: Tensor) -> Tensor:
+        """`flat` in whatever order, so that channels-last terms need no copy."""
+        if terms.dim() == 5 and self._stride(name) == terms[0, 0].numel():
+            terms = terms.permute(0, 1, 3, 4, 2)
+            return terms.reshape(*terms.shape[:2], -1)
+        return self.flat(name, terms)
 
     def _carry(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Offset and slack of a linear operation's result."""
@@ -230,6 +242,14 @@ class Chain:
             self.slack[op.result] = self._fans(op, self.slack[op.result])
             return
         before = {name: self._offset(name) for name in self.operands(op)}
+        if op.kind in {"convolution", "addmm"} and not self.offset.keys() & before.keys():
+            bias = args[2 if op.kind == "convolution" else 0]
+            if bias is not None:
+                shape = self.shape(op.result)
+                column = bias.view(-1, *(1,) * (len(shape) - 2)) if op.kind == "convolution" else bias
+                self.offset[op.result] = column.expand(shape)
+            self.slack[op.result] = self._new_slack(op, args, kwargs, before)
+            return
         zero = {**self.values, **before}
         offset = op.target(*fill(op.args, zero), **kwargs)
         self.offset[op.result] = offset
@@ -295,16 +315,16 @@ class Chain:
 
     def elementwise(self, op: Op, lines: _relax.Lines) -> Pull:
         """Coefficients through lines: a positive one takes the line below, a negative one the line above."""
-        result = self.values[op.result]
-        fans = 4 * self.own * self.readers(op.result) * result.size().double()
+        kind = lines.low.dtype
+        fans = 4 * self.own * self.readers(op.result) * self.values[op.result].size().to(kind)
         low, high = lines.low - fans, lines.high + fans
         folded: dict[str, tuple[Tensor, Tensor]] = {}
-        size = torch.zeros_like(low)
+        size = low.abs() + high.abs()
         for name, (down, up) in lines.slopes.items():
-            offset, slack = self.folded(name, op)
+            offset, slack = self.folded(name, op, kind)
             folded[name] = (offset, slack)
-            low = low + down.double() * offset - down.double().abs() * slack
-            high = high + up.double() * offset + up.double().abs() * slack
+            low = low + down.to(kind) * offset - down.to(kind).abs() * slack
+            high = high + up.to(kind) * offset + up.to(kind).abs() * slack
             size = size + offset.abs() + slack
         floor, gap = self.ends_of_lines(low, high, size)
 
@@ -320,9 +340,10 @@ class Chain:
                     # Relative to the line below that `floor` was made for.
                     change = (chosen - down) * offset.to(self.kind) - (chosen - down).abs() * slack.to(self.kind)
                     base, extra, down = floor + change, gap - change, chosen
-                part = slopes * down if down is up else torch.where(slopes > 0, down, up) * slopes
+                # One of the two products is zero everywhere, so nothing is lost to their sum.
+                part = slopes * down if down is up else ((slopes - negative) * down).addcmul_(negative, up)
                 found[name] = _linear.sum_to(part, self.values[name].low.shape)
-            return found, self.dot(op.result, slopes, base) + self.dot(op.result, negative, extra)
+            return found, self.dots(op.result, (slopes, base), (negative, extra))
 
         return pull
 
@@ -334,13 +355,13 @@ class Chain:
     def readers(self, name: str) -> int:
         return self.reads.get(name, 1)
 
-    def folded(self, name: str, op: Op) -> tuple[Tensor, Tensor]:
-        """Offset and slack of an operand, float64, with what its coefficient loses when it is formed."""
+    def folded(self, name: str, op: Op, kind: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """Offset and slack of an operand, with what its coefficient loses when it is formed."""
         box = self.values[name]
-        offset = self._offset(name).double()
+        offset = self._offset(name).to(kind)
         sums = gamma(_linear.products(op, self.values, self.shape(op.result), self.batch) + 4, self.own)
-        slack = self.slack.get(name, torch.zeros_like(box.low)).double()
-        return offset, 1.001 * slack + (2 * sums + 16 * self.own) * (box.size().double() + offset.abs())
+        slack = self.slack.get(name, torch.zeros_like(box.low)).to(kind)
+        return offset, 1.001 * slack + (2 * sums + 16 * self.own) * (box.size().to(kind) + offset.abs())
 
     def reach(self, name: str) -> Tensor:
         """No less than what a value and its offset are made of, float64."""

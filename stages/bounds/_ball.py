@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from stages.bounds._interval import DOUBLE, TINY, Interval, gamma, outward
+from stages.bounds import _layout
+from stages.bounds._interval import DOUBLE, SINGLE, TINY, Interval, gamma, outward
 from stages.bounds.base import Box
 
 _HALVINGS = 40
@@ -20,13 +21,18 @@ class Ends:
     by weak duality, with d_i = clip(-a_i / lam); the best lam, where ||d|| = eps, is found by bisection (any is sound).
     """
 
-    def __init__(self, box: Box, kind: torch.dtype) -> None:
+    def __init__(self, box: Box, kind: torch.dtype, last: bool) -> None:
         low, high = box.low.double(), box.high.double()
-        self.inside = Interval(outward(box.low, kind, -torch.inf), outward(box.high, kind, torch.inf))
-        self._low, self._high = low.flatten(1), high.flatten(1)
-        self._size = torch.maximum(low.abs(), high.abs()).flatten(1)
+        ends = outward(box.low, kind, -torch.inf), outward(box.high, kind, torch.inf)
+        self.inside = Interval(*(_layout.last(end, last) for end in ends))
+        self._own = SINGLE if kind == torch.float32 else DOUBLE
+        self._middle = _layout.last(((low + high) / 2).to(kind), last)
+        self._radius = torch.maximum(high - self._middle, self._middle - low)
+        self._largest = torch.maximum(low.abs(), high.abs())
         self.ball = box.ball
         if box.ball is not None:
+            self._low, self._high = low.flatten(1), high.flatten(1)
+            self._size = self._largest.flatten(1)
             # Points in the ball are given in float32: rounding may carry them that much out of it.
             order = 1.0 if box.ball.norm == "l1" else 2.0
             norms = torch.linalg.vector_norm(box.ball.centre.double().flatten(1), order, 1)
@@ -34,15 +40,22 @@ class Ends:
 
     def least(self, slopes: Tensor, loss: float) -> Tensor:
         """[R, B] from [R, B, ...]; `loss` times |a|^T |x| is taken off as well."""
+        if self.ball is None:
+            return self._box(slopes, loss)
         flat = slopes.flatten(2).double()
         share = loss + gamma(4 * flat.shape[-1] + 32, DOUBLE)
-        middle, radius = (self._low + self._high) / 2, (self._high - self._low) / 2
-        found = torch.einsum("rbn,bn->rb", flat, middle) - torch.einsum("rbn,bn->rb", flat.abs(), radius)
-        if self.ball is not None:
-            move = self._l1 if self.ball.norm == "l1" else self._l2
-            centre = self.ball.centre.double().flatten(1)
-            found = torch.maximum(found, torch.einsum("rbn,bn->rb", flat, centre) + move(flat, centre))
-        return found - share * torch.einsum("rbn,bn->rb", flat.abs(), self._size) - TINY
+        move = self._l1 if self.ball.norm == "l1" else self._l2
+        centre = self.ball.centre.double().flatten(1)
+        found = torch.einsum("rbn,bn->rb", flat, centre) + move(flat, centre)
+        found = found - share * torch.einsum("rbn,bn->rb", flat.abs(), self._size) - TINY
+        return torch.maximum(found, self._box(slopes, loss))
+
+    def _box(self, slopes: Tensor, loss: float) -> Tensor:
+        """Terms a m - |a| r' in the precision of the slopes, summed in float64; r' pays for what all that may lose."""
+        share = loss + 8 * self._own + 4 * gamma(slopes[0, 0].numel() + 32, DOUBLE)
+        wide = outward(self._radius + share * self._largest, slopes.dtype, torch.inf)
+        terms = (slopes * self._middle).addcmul_(slopes.abs(), wide, value=-1)
+        return _summed(terms) - TINY
 
     def _l1(self, flat: Tensor, centre: Tensor) -> Tensor:
         room = torch.where(flat > 0, centre - self._low, self._high - centre).clamp(min=0)
@@ -65,3 +78,10 @@ class Ends:
         step = torch.minimum(torch.maximum(-flat / high, down), up)
         least: Tensor = (flat * step + high * step**2 / 2).sum(-1) - high[..., 0] * self._reach**2 / 2
         return least
+
+
+def _summed(terms: Tensor) -> Tensor:
+    """[R, B] float64 from [R, B, ...]; the order of the entries does not matter."""
+    if terms.dim() == 5:
+        terms = terms.permute(0, 1, 3, 4, 2)
+    return terms.flatten(2).double().sum(-1)

@@ -36,9 +36,11 @@ class Rounding:
     """What the bounds must cover besides exact arithmetic: `unit` is the unit roundoff of the covered arithmetic, or 0.
 
     A sum of n products computed in any order, with or without fused operations, is off by at most gamma(n) sum |a b|,
-    gamma(n) = n u / (1 - n u) (Higham 2002, section 3.1). `share(n)` is gamma(n + 2) for the covered arithmetic plus
-    gamma(4 n + 32) for the one in which the bounds themselves are computed (unit roundoff `own`, float64's unless
-    said otherwise): that pays for the midpoint (n + 2 roundings), for the radius (n + 8) and for forming the two ends.
+    gamma(n) = n u / (1 - n u) (Higham 2002, section 3.1). With g = gamma(n + 2) of the covered arithmetic and
+    h = gamma(n + 32) of the one in which the bounds themselves are computed (unit roundoff `own`, float64's unless said
+    otherwise), `share(n)` is (g + h) / (1 - h). For y = L x, x in [m - r, m + r], and s = share(n):
+    the spread |L| (r + s (|m| + r)) is computed as no less than 1 - h of itself, which leaves at least |L| r plus
+    (g + h) |L| |m| for the midpoint, g |L| (|m| + r) for the network and 20 units for m, r and the two ends.
     Sums by Strassen, Winograd or Fourier transforms, bfloat16 and TF32 do not obey gamma and are not covered.
     """
 
@@ -47,7 +49,8 @@ class Rounding:
 
     def share(self, terms: int) -> float:
         """Relative margin for one operation of `terms` products. Raises `InputError` where gamma has no bound."""
-        return gamma(terms + 2, self.unit) + gamma(4 * terms + 32, self.own)
+        own = gamma(terms + 32, self.own)
+        return (gamma(terms + 2, self.unit) + own) / (1 - own)
 
     def widen(self, low: Tensor, high: Tensor, magnitude: Tensor, terms: int = 1) -> Interval:
         """[low, high] moved outward by share(terms) of `magnitude`, which bounds the sum of |a b|."""

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from stages.bounds import _ops
+from stages.bounds import _layout, _ops
 from stages.bounds._interval import Interval
 from stages.bounds._trace import Op, fill
 
 Pulled = dict[str, Tensor]
+_FEW = 4
 _COPIES = frozenset({"view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "clone", "alias", "detach", "_to_copy"})
 _REPEATS = frozenset({"expand", "repeat", "index", "index_select", "upsample_nearest2d", "unfold", "cat", "stack"})
 
@@ -31,7 +33,7 @@ def pull(op: Op, values: dict[str, Any], slopes: Any) -> Pulled:
         slopes = slopes[0]
     rule = _RULES.get(op.kind)
     if op.kind in _COPIES and isinstance(args[0], Interval):
-        return {op.args[0].name: slopes.reshape(len(slopes), *args[0].low.shape)}
+        return {op.args[0].name: _layout.alike(slopes.reshape(len(slopes), *args[0].low.shape), args[0].low)}
     return _by_autograd(op, values, slopes) if rule is None else rule(op, args, slopes)
 
 
@@ -74,6 +76,11 @@ def _moved(op: Op, values: dict[str, Any]) -> list[str]:
 def _convolution(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
     x, weight, _, stride, padding, dilation, transposed, _, groups = args
     flat, sizes = slopes.flatten(0, 1), x.low.shape[2:]
+    if not transposed and groups == 1 and _narrow(weight, stride, dilation):
+        # W^T a, then overlapping patches are added up: quicker than a transposed convolution to so few channels.
+        patches = weight.flatten(1).T @ flat.flatten(2)
+        back = F.fold(patches, sizes, weight.shape[2:], padding=padding, stride=stride)
+        return {op.args[0].name: _layout.alike(back.view(*slopes.shape[:2], *back.shape[1:]), x.low)}
     if transposed:
         back = torch.ops.aten.convolution(flat, weight, None, stride, padding, dilation, False, [0], groups)
     else:
@@ -88,6 +95,15 @@ def _convolution(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
             return _folded(op, args, slopes)
         back = torch.ops.aten.convolution(flat, weight, None, steps, pads, holes, True, rest, groups)
     return {op.args[0].name: back.view(*slopes.shape[:2], *back.shape[1:])}
+
+
+def _narrow(weight: Tensor, stride: list[int], dilation: list[int]) -> bool:
+    return (
+        weight.dim() == 4
+        and weight.shape[1] <= _FEW
+        and weight[0].numel() <= len(weight) * math.prod(_each(stride, 2))
+        and math.prod(dilation) == 1
+    )
 
 
 def _folded(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:

@@ -14,7 +14,7 @@ Products: |x y - (m_y x + m_x y - m_x m_y)| <= r_x r_y, m and r midpoints and ra
 all of which agree at the centre. Quotients: x times a line of 1 / y.
 What has no rule is bounded by the constants of interval arithmetic.
 
-All is computed in float64; slopes are rounded first and intercepts made for the rounded slopes.
+Slopes are rounded first and intercepts made for the rounded slopes. All but ReLU is computed in float64.
 """
 
 import math
@@ -25,16 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.bounds._interval import DOUBLE, FOLDED, TINY, Interval
+from stages.bounds._interval import DOUBLE, FOLDED, SINGLE, TINY, Interval
 from stages.bounds._trace import Op, fill
 
 _PIECES, _HALVINGS = 32, 14
 _ROUND = 64 * DOUBLE
+UNITS_OF = {torch.float32: SINGLE, torch.float64: DOUBLE}
 
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """Of every operand: slopes below and above; and the intercepts below and above, float64. Shapes of the result."""
+    """Of every operand: slopes below and above; and the intercepts below and above. Shapes of the result."""
 
     slopes: dict[str, tuple[Tensor, Tensor]]
     low: Tensor
@@ -42,14 +43,14 @@ class Lines:
 
 
 def relu(op: Op, x: Interval, kind: torch.dtype) -> Lines:
-    low, high = x.low.double(), x.high.double()
-    crossing, active = (low < 0) & (high > 0), low >= 0
-    up = torch.where(crossing, high / (high - low).clamp(min=TINY), active.double()).to(kind)
-    down = torch.where(crossing, (high > -low).double(), active.double()).to(kind)
-    # Above the slope rounded the intercept must clear both ends; ReLU is convex, so nothing in between is higher.
-    wide = up.double()
-    lift = torch.maximum(-wide * low, high - wide * high) + _ROUND * (low.abs() + high.abs())
-    return Lines({op.args[0].name: (down, up)}, torch.zeros_like(low), torch.where(crossing, lift, 0.0))
+    """In the precision of the bounds: whatever the slope is rounded to, the intercept clears both ends by 4 units."""
+    low, high = x.low.to(kind), x.high.to(kind)
+    above, below = high.clamp(min=0), low.clamp(max=0)
+    span = above - below
+    up, down = above / span.clamp(min=TINY), (high > -low).to(kind)  # 1 or 0, both, where the sign is known
+    # ReLU is convex, so above the ends means above everywhere between.
+    lift = torch.maximum(-up * below, above - up * above) + 4 * UNITS_OF[kind] * span
+    return Lines({op.args[0].name: (down, up)}, torch.zeros_like(low), lift)
 
 
 @dataclass(frozen=True, slots=True)

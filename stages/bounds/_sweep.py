@@ -1,19 +1,71 @@
-"""From the image to the logits: boxes of every value, tightened backward where a method asks for it; then the rows."""
+"""From the image to the logits: boxes of every value, tightened backward where a method asks for it; then the rows.
+
+Memory. With w bytes a number (4, or 8 in float64), N the entries of all values of one image and n those of the widest,
+B images and R rows at once take at most
+
+    w B (10 N + 6 R n)
+
+bytes: boxes, offsets, slacks and lines of every value, and the copies of the coefficients that live in one backward
+step. A cap of M GiB gives half to either term: images are taken in groups with w 10 N B <= M 2^29, and rows in blocks
+with w 6 R n B <= M 2^29. A cap that one image and one row do not fit is refused. With more memory than that allows,
+groups and blocks still stay near 4 MiB of coefficients, which the processor's caches hold: larger ones are slower.
+"""
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stages.bounds import _relax, _special  # noqa: F401  the latter registers its rules
+from stages.bounds import _layout, _relax, _special  # noqa: F401  the latter registers its rules
 from stages.bounds._backward import Chain
 from stages.bounds._interval import outward
-from stages.bounds._trace import Op
-from stages.bounds.base import TooLittleMemory
+from stages.bounds._trace import Op, Trace, trace
+from stages.bounds.base import Ball, Box, TooLittleMemory
 from stages.method import InputError
 
-_COPIES = 6  # tensors of the size of the coefficients that live at once in one backward step
+COPIES = 6  # tensors of the size of the coefficients that live at once in one backward step
+_HELD = 10  # numbers kept for every entry of every value
+_CACHE = 2**22  # bytes
 Bound = Callable[[Chain, str, Tensor], Tensor]
+
+
+def grouped(
+    net: nn.Module,
+    box: Box,
+    rows: Tensor,
+    lower: Callable[[Box, Tensor], Tensor],
+    memory: float,
+    double: bool = False,
+    copies: int = COPIES,
+    most: int | None = None,
+) -> Tensor:
+    """[B, R]: `lower` of one group of images after the other, each as many as fit, and at most `most`."""
+    _layout.keep_pages()
+    size = fitting(trace(net, box.low), 8 if double else box.low.element_size(), memory, copies)
+    size = min(size, most or size)
+    if size >= len(box.low):
+        return lower(box, rows)
+    return torch.cat([lower(part(box, slice(at, at + size)), rows[at : at + size]) for at in range(0, len(rows), size)])
+
+
+def part(box: Box, images: slice | Tensor) -> Box:
+    """The box of some of the images."""
+    ball = None if box.ball is None else Ball(box.ball.centre[images], box.ball.norm, box.ball.eps)
+    return Box(box.low[images], box.high[images], ball)
+
+
+def fitting(graph: Trace, width: int, memory: float, copies: int = COPIES) -> int:
+    """How many images to take at once. Raises `TooLittleMemory` where the cap holds not even one, with one row."""
+    widest, total = max(graph.entries.values()), sum(graph.entries.values())
+    half = memory * 2**29
+    fits = int(min(half // (width * _HELD * total), half // (width * copies * widest)))
+    if fits < 1:
+        least = 2 * width * max(_HELD * total, copies * widest) / 2**30
+        raise TooLittleMemory(
+            f"memory: {memory:g} GiB hold no row of coefficients for one image, which takes {least:.3g} GiB with the "
+            "image's bounds; give more memory, or use ibp, which keeps none"
+        )
+    return min(fits, max(1, _CACHE // (width * widest)))
 
 
 def follow(chain: Chain, refine: Callable[[Op], None] | None = None) -> None:
@@ -25,62 +77,73 @@ def follow(chain: Chain, refine: Callable[[Op], None] | None = None) -> None:
             chain.follow(op)
 
 
-def logits(chain: Chain, rows: Tensor, memory: float, bound: Bound = Chain.bound) -> Tensor:
+def logits(chain: Chain, rows: Tensor, memory: float, bound: Bound = Chain.bound, copies: int = COPIES) -> Tensor:
     """[B, R] float64: rows [B, R, K] times the logits, never below what interval arithmetic gives."""
     shape = chain.shape(chain.graph.output)
     if shape != (rows.shape[0], rows.shape[2]):
         raise InputError(f"rows: expected [B, R, K] for logits {tuple(shape)}, got {tuple(rows.shape)}")
     found = []
-    for part in torch.split(rows.to(chain.kind).transpose(0, 1), block(chain, memory)):
-        plain = chain.bound(chain.graph.output, part, boxes=True)
-        found.append(torch.maximum(plain, bound(chain, chain.graph.output, part)))
+    for some in torch.split(rows.to(chain.kind).transpose(0, 1), block(chain, memory, copies)):
+        plain = chain.bound(chain.graph.output, some, boxes=True)
+        found.append(torch.maximum(plain, bound(chain, chain.graph.output, some)))
     bounds = torch.cat(found).T
     if not bool(torch.isfinite(bounds).all()):
         raise InputError("bounds: not finite; are the weights, or does the box reach too far?")
     return bounds
 
 
-def tighten(chain: Chain, op: Op, memory: float, bound: Bound = Chain.bound) -> None:
-    """Bounds from the image for what `op` reads, where they can matter (`_relax.crossed`)."""
+def tighten(chain: Chain, op: Op, memory: float, bound: Bound = Chain.bound, copies: int = COPIES) -> None:
+    """Bounds from the image for what `op` reads, where they can matter (`_relax.crossed`).
+
+    Of a ReLU's input the end nearer to zero is asked for first: where that settles the sign, the line is exact whatever
+    the other end, which keeps its interval.
+    """
     for name in chain.operands(op):
         if name in chain.fronts or name == chain.graph.input or chain.sharp.get(name) or name in chain.tight:
             continue
         chain.tight.add(name)
         box = chain.values[name]
-        matters = _relax.crossed(op, chain.values, box)
-        open_ = chain.flat(name, matters)
-        count = int(open_.sum(1).max())
-        if count == 0:
-            continue
-        order = open_.int().argsort(dim=1, descending=True, stable=True)[:, :count]
-        low, high = chain.flat(name, box.low), chain.flat(name, box.high)
-        for at in torch.split(order, max(1, block(chain, memory) // 2), 1):
-            found = bound(chain, name, _units(chain, name, at, open_.shape[1]))
-            below, above = found[: at.shape[1]].T, -found[at.shape[1] :].T
-            # An image with fewer open entries than its neighbours gets rows that it did not ask for: its answer must
-            # not depend on its neighbours, so those are left aside.
-            asked = open_.gather(1, at)
-            below = torch.where(asked, outward(below, chain.kind, -torch.inf), low.gather(1, at))
-            above = torch.where(asked, outward(above, chain.kind, torch.inf), high.gather(1, at))
-            low, high = low.scatter(1, at, below), high.scatter(1, at, above)
-        chain.tighten(name, chain.unflat(name, low), chain.unflat(name, high))
+        ends = chain.flat(name, box.low), chain.flat(name, box.high)
+        most = block(chain, memory, copies)
+        open_ = chain.flat(name, _relax.crossed(op, chain.values, box))
+        nearer = op.kind == "relu"
+        first = torch.where(nearer & (ends[1] < -ends[0]), -1.0, 1.0).to(chain.kind)
+        for side in (first, -first):
+            ends = _ask(chain, name, ends, side, open_, most, bound)
+            open_ = (ends[0] < 0) & (ends[1] > 0) if nearer else open_
+        chain.tighten(name, *(chain.unflat(name, end) for end in ends))
 
 
-def block(chain: Chain, memory: float) -> int:
-    """How many rows fit: a row of coefficients is B times the widest value; some copies of it live at once."""
-    widest = max(chain.shape(op.result).numel() for op in chain.done) if chain.done else 1
-    size = widest * (8 if chain.kind == torch.float64 else 4) * _COPIES
-    rows = int(memory * 2**30 // size)
-    if rows < 1:
+def _ask(
+    chain: Chain, name: str, ends: tuple[Tensor, Tensor], side: Tensor, open_: Tensor, most: int, bound: Bound
+) -> tuple[Tensor, Tensor]:
+    """`ends` [B, n] with the low end of each open entry bounded anew where `side` is 1, the high end where it is -1."""
+    low, high = ends
+    count = int(open_.sum(1).max())
+    order = open_.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+    for at in torch.split(order, most, 1) if count else ():
+        signs = side.gather(1, at)
+        units = torch.zeros(at.shape[1], *low.shape, dtype=chain.kind, device=at.device)
+        units = units.scatter_(2, at.T.unsqueeze(-1), signs.T.unsqueeze(-1))
+        found = bound(chain, name, chain.unflat(name, units)).T
+        # An image with fewer open entries than its neighbours gets rows that it did not ask for: its answer must
+        # not depend on its neighbours, so those are left aside.
+        asked = open_.gather(1, at)
+        old_low, old_high = low.gather(1, at), high.gather(1, at)
+        below = torch.maximum(old_low, outward(found, chain.kind, -torch.inf))
+        above = torch.minimum(old_high, outward(-found, chain.kind, torch.inf))
+        low = low.scatter(1, at, torch.where(asked & (signs > 0), below, old_low))
+        high = high.scatter(1, at, torch.where(asked & (signs < 0), above, old_high))
+    return low, high
+
+
+def block(chain: Chain, memory: float, copies: int = COPIES) -> int:
+    """How many rows to take at once, for the images of the chain. Raises `TooLittleMemory` where not even one fits."""
+    row = chain.batch * max(chain.graph.entries.values()) * (8 if chain.kind == torch.float64 else 4)
+    fits = int(memory * 2**29 // (row * copies))
+    if fits < 1:
         raise TooLittleMemory(
             f"memory: {memory:g} GiB hold no row of coefficients for {chain.batch} images, which takes "
-            f"{size / 2**30:.3g} GiB; give more memory"
+            f"{row * copies / 2**29:.3g} GiB; give more memory or fewer images at once"
         )
-    return rows
-
-
-def _units(chain: Chain, name: str, at: Tensor, width: int) -> Tensor:
-    """[2 r, *shape]: one row +1 and one row -1 for every entry at [B, r]."""
-    ones = torch.zeros(at.shape[1], chain.batch, width, dtype=chain.kind, device=at.device)
-    ones = chain.unflat(name, ones.scatter(2, at.T.unsqueeze(-1), 1.0))
-    return torch.cat([ones, -ones])
+    return min(fits, max(1, _CACHE // row))

@@ -30,7 +30,8 @@ class Trace:
 
     `strides` says whom an entry of a moving value belongs to: entry i of the value, counted row by row, is one of
     example (i // stride) mod B. A value is missing there if its place of the batch cannot be followed.
-    `masks` names constants that may hold -inf as a mask.
+    `masks` names constants that may hold -inf as a mask. `entries` is how many a moving value has for an image; of
+    several results, the first has.
     """
 
     ops: tuple[Op, ...]
@@ -41,6 +42,7 @@ class Trace:
     moving: frozenset[str]
     strides: Mapping[str, int]
     masks: frozenset[str]
+    entries: Mapping[str, int]
 
     def constants(self, net: nn.Module) -> dict[str, Any]:
         """Every value that does not depend on the images, computed in the precision that the network computes it in."""
@@ -144,7 +146,11 @@ def _joined(few: Recording, many: Recording) -> Trace:
     stored = {name: path for name, path in few.stored.items() if name in needed}
     literals = {name: value for name, value in few.literals.items() if name in needed}
     masks = {name for op in ops if op.counts or op.kind in {"where", "add"} for name in op.reads()} - joint.moving
-    return Trace(tuple(ops), "image", few.output, stored, literals, frozenset(joint.moving), strides, frozenset(masks))
+    moving = [op.result for op in ops if op.result in joint.moving and not op.counts]
+    entries = {name: math.prod(few.shapes[name]) // _COUNTS[0] for name in ("image", *moving)}
+    return Trace(
+        tuple(ops), "image", few.output, stored, literals, frozenset(joint.moving), strides, frozenset(masks), entries
+    )
 
 
 @dataclass(slots=True)

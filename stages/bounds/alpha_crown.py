@@ -1,5 +1,6 @@
 """alpha-CROWN (Xu et al. 2021): CROWN with the lower slopes of open ReLUs optimised for every bound by itself."""
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from stages.bounds import _slopes, _sweep
 from stages.bounds._backward import Chain
 from stages.bounds._interval import UNITS, outward
+from stages.bounds._trace import trace
 from stages.bounds.base import Box, Certifier
-from stages.bounds.crown import Crown
+from stages.bounds.crown import MOST, Crown
 from stages.bounds.ibp import check
 
 
@@ -38,9 +40,14 @@ class AlphaCrown(Certifier):
     def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
         check(box, rows)
         plain = Crown(arithmetic=self.arithmetic, memory=self.memory).lower(net, box, rows)
-        chain = Chain(net, box, UNITS[self.arithmetic], self.arithmetic == "real")
-        room = self.memory / (4 * (1 + sum(op.kind == "relu" for op in chain.graph.ops)))
-        boxes, last = (_slopes.optimised(steps, self.rate) for steps in (self.box_steps, self.steps))
-        _sweep.follow(chain, lambda op: _sweep.tighten(chain, op, room, boxes))
-        found = outward(_sweep.logits(chain, rows, room, last), rows.dtype, -float("inf"))
+        relus = sum(op.kind == "relu" for op in trace(net, box.low).ops)
+        double = self.arithmetic == "real"
+        copies = 4 * (1 + relus) * _sweep.COPIES
+        found = _sweep.grouped(net, box, rows, partial(self._lower, net, copies), self.memory, double, copies, MOST)
         return torch.maximum(plain, found)
+
+    def _lower(self, net: nn.Module, copies: int, box: Box, rows: Tensor) -> Tensor:
+        chain = Chain(net, box, UNITS[self.arithmetic], self.arithmetic == "real")
+        boxes, last = (_slopes.optimised(steps, self.rate) for steps in (self.box_steps, self.steps))
+        _sweep.follow(chain, lambda op: _sweep.tighten(chain, op, self.memory, boxes, copies))
+        return outward(_sweep.logits(chain, rows, self.memory, last, copies), rows.dtype, -float("inf"))

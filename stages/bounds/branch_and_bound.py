@@ -1,12 +1,15 @@
 """Branch and bound with beta-CROWN (Wang et al. 2021): complete on ReLU networks, given time."""
 
+import time
 from typing import Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
+from stages.bounds import _sweep
 from stages.bounds._decide import decide
 from stages.bounds._interval import outward
+from stages.bounds._trace import trace
 from stages.bounds.base import Box, Certifier
 from stages.bounds.ibp import check
 
@@ -33,11 +36,24 @@ class BranchAndBound(Certifier):
 
     def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
         check(box, rows)
+        relus = sum(op.kind == "relu" for op in trace(net, box.low).ops)
+        copies = 4 * (1 + relus) * _sweep.COPIES
+        start, done = time.monotonic(), 0
+
+        def lower(some: Box, theirs: Tensor) -> Tensor:
+            nonlocal done
+            done += len(theirs)
+            left = start + self.seconds * done - time.monotonic()
+            return self._lower(net, some, theirs, max(left, self.seconds))
+
+        return _sweep.grouped(net, box, rows, lower, self.memory, self.arithmetic == "real", copies)
+
+    def _lower(self, net: nn.Module, box: Box, rows: Tensor, seconds: float) -> Tensor:
         found = decide(
             net,
             box,
             rows,
-            self.seconds * len(box.low),
+            seconds,
             arithmetic=self.arithmetic,
             domains=self.domains,
             limit=self.limit,

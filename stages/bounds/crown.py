@@ -1,5 +1,6 @@
 """CROWN (Zhang et al. 2018): linear bounds from the output back to the image, and for every pre-activation too."""
 
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
@@ -10,6 +11,8 @@ from stages.bounds._backward import Chain
 from stages.bounds._interval import UNITS, outward
 from stages.bounds.base import Box, Certifier
 from stages.bounds.ibp import check
+
+MOST = 16  # images at once: all of them get as many rows as the one with most open neurons
 
 
 class Crown(Certifier):
@@ -29,6 +32,11 @@ class Crown(Certifier):
 
     def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
         check(box, rows)
+        double = self.arithmetic == "real"
+        bound = partial(self._lower, net)
+        return _sweep.grouped(net, box, rows, bound, self.memory, double, most=MOST)
+
+    def _lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
         chain = Chain(net, box, UNITS[self.arithmetic], self.arithmetic == "real")
         _sweep.follow(chain, lambda op: _sweep.tighten(chain, op, self.memory))
         return outward(_sweep.logits(chain, rows, self.memory), rows.dtype, -float("inf"))

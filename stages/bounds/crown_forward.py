@@ -1,5 +1,6 @@
 """CROWN for few inputs: boxes cut by linear functions carried forward first, then backward where a sign stays open."""
 
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
@@ -29,6 +30,11 @@ class CrownForward(Certifier):
 
     def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
         check(box, rows)
+        double = self.double or self.arithmetic == "real"
+        columns = 1 + int((box.low < box.high).flatten(1).any(0).sum())
+        return _sweep.grouped(net, box, rows, partial(self._lower, net), self.memory, double, _sweep.COPIES * columns)
+
+    def _lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
         chain = Chain(net, box, UNITS[self.arithmetic], self.double or self.arithmetic == "real")
         bands = Bands(chain)
         for op in chain.graph.ops:

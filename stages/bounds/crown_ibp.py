@@ -1,5 +1,6 @@
 """CROWN-IBP (Zhang et al. 2020): boxes by interval arithmetic, then one backward pass of linear bounds."""
 
+from functools import partial
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -34,6 +35,10 @@ class CrownIBP(Certifier):
 
     def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
         check(box, rows)
+        double = self.arithmetic == "real"
+        return _sweep.grouped(net, box, rows, partial(self._lower, net), self.memory, double)
+
+    def _lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
         chain = Chain(net, box, UNITS[self.arithmetic], self.arithmetic == "real")
         _sweep.follow(chain)
         return outward(_sweep.logits(chain, rows, self.memory), rows.dtype, -float("inf"))

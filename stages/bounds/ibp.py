@@ -1,18 +1,21 @@
 """Interval bound propagation (Gowal et al. 2018), with everything affine at the end merged into the margin."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from stages.bounds import _ops
-from stages.bounds._interval import TINY, Interval, Rounding, low_ends
+from stages.bounds import _layout, _linear, _ops
+from stages.bounds._interval import DOUBLE, SINGLE, TINY, UNITS, Interval, Rounding, gamma, low_ends, outward
 from stages.bounds._trace import Op, Trace, fill, substitute, trace
 from stages.bounds.base import Box, Certifier
 from stages.method import InputError
 
-_UNITS = {"real": 0.0, "float32": 2.0**-24}
+_CACHE = 2**22  # bytes
+_APART = frozenset({"view", "_unsafe_view", "reshape", "mean", "sum", "clone", "alias", "squeeze", "unsqueeze"})
+_POOLS = frozenset({"adaptive_avg_pool2d", "_adaptive_avg_pool2d"})
 
 
 class IBP(Certifier):
@@ -26,13 +29,16 @@ class IBP(Certifier):
     which is exact on an affine network and never looser than bounding the logits and subtracting. C A comes from
     automatic differentiation of the tail, so no operation needs a transpose of its own.
 
-    Rounding. All is computed in float64, and every step is widened by more than float64 can lose (`Rounding`). With
-    arithmetic = "float32" (default) each step is widened too by what float32 can lose in it, so the bounds hold for
-    the network in exact arithmetic and for any float32 execution of the same operations that sums products one by one
-    in whatever order. For the tail: if one operation loses at most g_i (|L_i| |h| + |b_i|), all of them together lose
-    at most (sum_i g_i) M where M bounds the logits of the network with every L_i, b_i and h replaced by absolute
-    values (by induction over the tail; |L_i| carries earlier losses on). "real" covers exact arithmetic alone.
+    Rounding. Boxes are carried in the network's precision and every step is widened by more than that can lose
+    (`Rounding`); the tail is computed in float64, where it is smallest. With arithmetic = "float32" (default) each step
+    is widened too by what float32 can lose in the network itself, so the bounds hold for the network in exact
+    arithmetic and for any float32 execution of the same operations that sums products one by one in whatever order.
+    For the tail: if one operation loses at most g_i (|L_i| |h| + |b_i|), all of them together lose at most
+    (sum_i g_i) M where M bounds the logits of the network with every L_i, b_i and h replaced by absolute values (by
+    induction over the tail; |L_i| carries earlier losses on). "real" covers exact arithmetic alone, in float64.
 
+    Memory: images are taken in groups whose widest value takes 4 MiB, and a value is dropped when nobody reads it any
+    more: a group holds some 8 times that for every branch of the network that is open at once.
     Departures: the paper merges one linear layer, and says nothing of rounding. Differentiable in the weights.
     Raises `InputError` for an operation without a rule, or bounds that are not finite.
     """
@@ -42,13 +48,28 @@ class IBP(Certifier):
 
     def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
         check(box, rows)
-        rounding = Rounding(_UNITS[self.arithmetic])
+        _layout.keep_pages()
         graph = trace(net, box.low)
         tail = split(graph)
-        constants = {name: _double(value) for name, value in graph.constants(net).items()}
-        start = Interval(box.low.double(), box.high.double())
-        inside = propagate(graph, constants, {graph.input: start}, {*tail.fronts, *tail.counts}, rounding)
-        bound = _merged(graph, tail, constants, inside, rows.double(), rounding)
+        double = self.arithmetic == "real" or box.low.dtype == torch.float64
+        kind = torch.float64 if double else torch.float32
+        constants = graph.constants(net)
+        last = not _layout.trained(net)
+        single = {name: _layout.last(_cast(value, kind), last) for name, value in constants.items()}
+        ends = {name: _cast(value, torch.float64) for name, value in constants.items() if name in tail.reads}
+        size = max(1, _CACHE // (8 if double else 4) // max(graph.entries.values()))
+        found = []
+        for at in range(0, len(rows), size):
+            here = slice(at, at + size)
+            low, high = outward(box.low[here], kind, -torch.inf), outward(box.high[here], kind, torch.inf)
+            start = Interval(_layout.last(low, last), _layout.last(high, last))
+            wanted = {*tail.fronts, *tail.counts}
+            rounding = Rounding(UNITS[self.arithmetic], DOUBLE if double else SINGLE)
+            inside = propagate(graph, single, {graph.input: start}, wanted, rounding)
+            inside = {name: _double(value) for name, value in inside.items()}
+            rounding = Rounding(UNITS[self.arithmetic])
+            found.append(_merged(graph, tail, ends, inside, rows[here].double(), rounding))
+        bound = torch.cat(found)
         if not bool(torch.isfinite(bound).all()):
             raise InputError("ibp: the bounds are not finite; are the weights, or does the box reach too far?")
         return _down(bound, rows.dtype)
@@ -86,16 +107,25 @@ def propagate(
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """The affine end of a network: its operations in order, the values it reads, and the whole numbers among them."""
+    """The affine end of a network: its operations in order, the values it reads, and the whole numbers among them.
+
+    `reads` are the names of all that its operations read.
+    """
 
     ops: tuple[Op, ...]
     fronts: tuple[str, ...]
     counts: tuple[str, ...]
+    reads: frozenset[str]
 
 
 def split(graph: Trace) -> Tail:
-    """Everything affine that leads to the output and starts at non-linear operations or at the image."""
+    """Everything affine that leads to the output and starts at non-linear operations or at the image.
+
+    An operation there that uses every entry of the one value it reads at most once (`_APART`) is left out: its result's
+    box is exact, with entries that range independently.
+    """
     made = {op.result: op for op in graph.ops if op.result in graph.moving}
+    readers = Counter(name for op in graph.ops for name in op.reads())
     inside: set[str] = set()
     fronts: dict[str, None] = {}
     counts: dict[str, None] = {}
@@ -110,7 +140,19 @@ def split(graph: Trace) -> Tail:
         elif name not in inside:
             inside.add(name)
             todo += [read for read in op.reads() if read in graph.moving]
-    return Tail(tuple(op for op in graph.ops if op.result in inside), tuple(fronts), tuple(counts))
+    ops = [op for op in graph.ops if op.result in inside]
+    for op in list(ops):
+        sources = [name for name in op.reads() if name in graph.moving and name not in counts]
+        alone = len(sources) == 1 and sources[0] in fronts and readers[sources[0]] == 1
+        if alone and op.result != graph.output and _apart(op):
+            ops.remove(op)
+            del fronts[sources[0]]
+            fronts[op.result] = None
+    return Tail(tuple(ops), tuple(fronts), tuple(counts), frozenset(name for op in ops for name in op.reads()))
+
+
+def _apart(op: Op) -> bool:
+    return op.kind in _APART or (op.kind in _POOLS and list(op.args[1]) == [1, 1])
 
 
 def _keeps(op: Op, made: dict[str, Op], graph: Trace) -> bool:
@@ -126,48 +168,46 @@ def _merged(
     graph: Trace, tail: Tail, constants: dict[str, Any], inside: dict[str, Any], rows: Tensor, rounding: Rounding
 ) -> Tensor:
     """[B, R]: rows @ logits bounded over the box of what the tail reads."""
-    live = torch.is_grad_enabled()
     fronts: dict[str, Interval] = {name: inside[name] for name in tail.fronts}
     fixed = {**constants, **{name: inside[name] for name in tail.counts}}
-    with torch.enable_grad():
-        zeros = {name: torch.zeros_like(front.low).requires_grad_() for name, front in fronts.items()}
-        values: dict[str, Any] = {**fixed, **zeros}
-        for op in tail.ops:
-            values[op.result] = op.target(*fill(op.args, values), **fill(dict(op.kwargs), values))
-        logits: Tensor = values[graph.output]
-        if logits.shape != (rows.shape[0], rows.shape[2]):
-            raise InputError(f"rows: expected [B, R, K] for logits {tuple(logits.shape)}, got {tuple(rows.shape)}")
-        slopes = [
-            torch.autograd.grad(
-                logits, list(zeros.values()), rows[:, r], retain_graph=True, create_graph=live, materialize_grads=True
-            )
-            for r in range(rows.shape[1])
-        ]
-    bound = torch.einsum("brk,bk->br", rows, logits)
-    for place, front in enumerate(fronts.values()):
-        middle, radius = (part.flatten(1) for part in front.split())
-        slope = torch.stack([columns[place].flatten(1) for columns in slopes], 1)
-        bound = bound + torch.einsum("brn,bn->br", slope, middle) - torch.einsum("brn,bn->br", slope.abs(), radius)
-    return (bound if live else bound.detach()) - _loss(graph, tail, fixed, fronts, rows, rounding)
-
-
-def _loss(
-    graph: Trace,
-    tail: Tail,
-    fixed: dict[str, Any],
-    fronts: dict[str, Interval],
-    rows: Tensor,
-    rounding: Rounding,
-) -> Tensor:
-    """[B, R]: what rounding can cost in the tail, (sum of shares) |rows| M."""
-    values = {**fixed, **{name: Interval(-front.size(), front.size()) for name, front in fronts.items()}}
+    # With every operand replaced by +- its size: shapes for the way back, and M.
+    values: dict[str, Any] = {**fixed, **{name: Interval(-box.size(), box.size()) for name, box in fronts.items()}}
+    at_zero: dict[str, Any] = {**fixed, **{name: torch.zeros_like(box.low) for name, box in fronts.items()}}
     # The products with rows, slopes and boxes are formed here alone, in float64.
     shares = Rounding().share(rows.shape[2] + sum(front.low[0].numel() for front in fronts.values()))
     for op in tail.ops:
-        shares += rounding.share(_terms(op, values))
         values[op.result] = _apply(op, values, rounding)
+        result = values[op.result][0] if isinstance(values[op.result], tuple) else values[op.result]
+        if not op.counts:
+            back = _linear.products(op, values, result.low.shape, len(rows))
+            shares += rounding.share(_terms(op, values)) + gamma(back + 4, DOUBLE)
+        at_zero[op.result] = op.target(*fill(op.args, at_zero), **fill(dict(op.kwargs), at_zero))
     largest: Interval = values[graph.output]
-    return shares * torch.einsum("brk,bk->br", rows.abs(), largest.size()) + TINY
+    if largest.low.shape != (rows.shape[0], rows.shape[2]):
+        raise InputError(f"rows: expected [B, R, K] for logits {tuple(largest.low.shape)}, got {tuple(rows.shape)}")
+    offset: Tensor = at_zero[graph.output]
+    bound = torch.einsum("brk,bk->br", rows, offset)
+    for name, slope in _pulled(graph, tail, values, rows).items():
+        middle, radius = (part.flatten(1) for part in fronts[name].split())
+        flat = slope.flatten(2)
+        bound = bound + torch.einsum("rbn,bn->br", flat, middle) - torch.einsum("rbn,bn->br", flat.abs(), radius)
+    return bound - shares * torch.einsum("brk,bk->br", rows.abs(), largest.size()) - TINY
+
+
+def _pulled(graph: Trace, tail: Tail, values: dict[str, Any], rows: Tensor) -> dict[str, Tensor]:
+    """[R, B, ...] of every front: the coefficients of rows @ logits."""
+    waiting: dict[str, Any] = {graph.output: rows.transpose(0, 1)}
+    for op in reversed(tail.ops):
+        here = waiting.pop(op.result, None)
+        if here is None:
+            continue
+        if op.kind == "getitem":
+            source = waiting.setdefault(op.reads()[0], {})
+            source[op.args[1]] = source[op.args[1]] + here if op.args[1] in source else here
+            continue
+        for name, part in _linear.pull(op, values, here).items():
+            waiting[name] = waiting[name] + part if name in waiting else part
+    return waiting
 
 
 def _terms(op: Op, values: dict[str, Any]) -> int:
@@ -192,8 +232,15 @@ def _ancestors(graph: Trace, wanted: set[str], known: dict[str, Any]) -> set[str
     return needed
 
 
+def _cast(value: Any, kind: torch.dtype) -> Any:
+    return value.to(kind) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    """A tensor, an interval or a tuple of them, in float64."""
+    if isinstance(value, Interval):
+        return Interval(value.low.double(), value.high.double())
+    return tuple(_double(part) for part in value) if isinstance(value, tuple) else _cast(value, torch.float64)
 
 
 def _down(bound: Tensor, dtype: torch.dtype) -> Tensor:
