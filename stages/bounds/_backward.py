@@ -208,9 +208,9 @@ class Chain:
 
     def dot(self, name: str, slopes: Tensor, weights: Tensor) -> Tensor:
         """[R, B] float64: slopes [R, *shape] times weights (broadcast to [*shape] or [R, *shape]), per example."""
-        return self.dots(name, (slopes, weights))
+        return self.sums(name, (slopes, weights))
 
-    def dots(self, name: str, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+    def sums(self, name: str, *pairs: tuple[Tensor, Tensor]) -> Tensor:
         """The sum of several `dot`, in one pass."""
         (slopes, weights), *more = pairs
         terms = slopes * weights
@@ -343,7 +343,7 @@ class Chain:
                 # One of the two products is zero everywhere, so nothing is lost to their sum.
                 part = slopes * down if down is up else ((slopes - negative) * down).addcmul_(negative, up)
                 found[name] = _linear.sum_to(part, self.values[name].low.shape)
-            return found, self.dots(op.result, (slopes, base), (negative, extra))
+            return found, self.sums(op.result, (slopes, base), (negative, extra))
 
         return pull
 

@@ -37,10 +37,10 @@ class Rounding:
 
     A sum of n products computed in any order, with or without fused operations, is off by at most gamma(n) sum |a b|,
     gamma(n) = n u / (1 - n u) (Higham 2002, section 3.1). With g = gamma(n + 2) of the covered arithmetic and
-    h = gamma(n + 32) of the one in which the bounds themselves are computed (unit roundoff `own`, float64's unless said
+    h = gamma(n + 64) of the one in which the bounds themselves are computed (unit roundoff `own`, float64's unless said
     otherwise), `share(n)` is (g + h) / (1 - h). For y = L x, x in [m - r, m + r], and s = share(n):
     the spread |L| (r + s (|m| + r)) is computed as no less than 1 - h of itself, which leaves at least |L| r plus
-    (g + h) |L| |m| for the midpoint, g |L| (|m| + r) for the network and 20 units for m, r and the two ends.
+    (g + h) |L| |m| for the midpoint, g |L| (|m| + r) for the network and 50 units for m, r and the two ends.
     Sums by Strassen, Winograd or Fourier transforms, bfloat16 and TF32 do not obey gamma and are not covered.
     """
 
@@ -49,7 +49,7 @@ class Rounding:
 
     def share(self, terms: int) -> float:
         """Relative margin for one operation of `terms` products. Raises `InputError` where gamma has no bound."""
-        own = gamma(terms + 32, self.own)
+        own = gamma(terms + 64, self.own)
         return (gamma(terms + 2, self.unit) + own) / (1 - own)
 
     def widen(self, low: Tensor, high: Tensor, magnitude: Tensor, terms: int = 1) -> Interval:

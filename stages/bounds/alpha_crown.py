@@ -26,8 +26,8 @@ class AlphaCrown(Certifier):
 
     Source: Xu et al., "Fast and Complete: Enabling Complete Verification with Rapid and Massively Parallel Incomplete
     Verifiers", 2021, section 3. Departures: bounds of pre-activations maximise themselves, not the last ones; rounding
-    as in `_backward`. Not differentiable in the weights. Memory: about 4 x (ReLUs + 1) times CROWN's per row; rows are
-    split likewise.
+    as in `_backward`. Not differentiable in the weights. Memory as in `crown_ibp`, with 24 (ReLUs + 1) copies of the
+    coefficients of a row where CROWN has 6.
     """
 
     arithmetic: Literal["real", "float32"] = "float32"

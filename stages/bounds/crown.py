@@ -22,7 +22,8 @@ class Crown(Certifier):
     and its high end) only where its sign is open, other operations' inputs always, and never where interval arithmetic
     is exact (up to the first dense or convolutional layer, for boxes). Every box is intersected with the one before.
 
-    Cost: two rows per open neuron, each through the layers below it. Memory as in `crown_ibp`.
+    Cost: one row for each end of an open neuron that is asked for, each through the layers below it; the farther end is
+    not asked for where the nearer one settles the sign. Memory as in `crown_ibp`.
     Source: Zhang et al., "Efficient Neural Network Robustness Certification with General Activation Functions", 2018,
     theorem 3.2 and table 2, with the adaptive lower slope of section 3.3. Departures: as in `crown_ibp`.
     """

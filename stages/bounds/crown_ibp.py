@@ -24,7 +24,8 @@ class CrownIBP(Certifier):
     and, with arithmetic = "float32" (default), that of any float32 execution that sums products one by one. "real"
     computes in float64 and covers exact arithmetic alone.
 
-    `memory` caps the coefficients, in GiB: rows are split so that 6 R B widest-layer numbers fit.
+    `memory` caps what all that takes, in GiB, by splitting images and rows; the formula is in `_sweep`. Raises
+    `TooLittleMemory` where one image and one row do not fit.
     Source: Zhang et al., "Towards Stable and Efficient Training of Verifiably Robust Neural Networks", 2020, section 3.
     Departures: rounding; the maximum with IBP; no loss fusion. Differentiable in the weights.
     """

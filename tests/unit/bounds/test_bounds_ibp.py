@@ -4,13 +4,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stages.bounds.base import Box
+from stages.bounds._layout import trained
+from stages.bounds.base import Box, Certifier
+from stages.bounds.crown import Crown
+from stages.bounds.crown_ibp import CrownIBP
 from stages.bounds.ibp import IBP
 from stages.method import InputError
 from stages.nn.arch import Arch
 from stages.nn.layers.gdws_conv import fit, folded
 from stages.seeding import generator
 from stages.threat import Threat
+from stages.tuning import initial
 
 REAL = IBP(arithmetic="real")
 
@@ -183,6 +187,38 @@ def test_bounds_are_differentiable_in_the_weights() -> None:
     x, y = torch.rand(2, 1, 2, 2, generator=generator(4)), torch.tensor([0, 1])
     IBP().margins(net, x, y, Threat(norm="linf", eps=0.1)).sum().backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in net.parameters())
+
+
+def test_weights_that_train_keep_their_layout_which_a_kernel_of_torch_needs() -> None:
+    # Channels-last, the weight gradient of this shortcut writes past its memory (torch 2.13): see `_layout.trained`.
+    short = nn.Conv2d(3, 16, 1, stride=2)
+    net = nn.Sequential(short, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)).eval()
+    x, y = torch.rand(32, 3, 16, 16, generator=generator(6)), torch.arange(32) % 3
+    for certifier in (IBP(), CrownIBP()):
+        for _ in range(3):
+            certifier.margins(net, x, y, Threat(norm="linf", eps=0.1)).sum().backward()  # type: ignore[no-untyped-call]
+    assert short.weight.grad is not None
+    assert short.weight.grad.is_contiguous()
+    assert trained(net)
+    with torch.no_grad():
+        assert not trained(net)
+    assert not trained(net.requires_grad_(False))
+
+
+@pytest.mark.parametrize("certifier", [IBP(), CrownIBP(), Crown()], ids=lambda certifier: certifier.kind)
+def test_images_taken_in_groups_have_the_bounds_that_they_have_together(
+    certifier: Certifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = initial(Arch(builder="small_cnn", options={"width": 4, "hidden": 8}, input_shape=(1, 8, 8), classes=3), 0)
+    net.eval()
+    x, y = torch.rand(5, 1, 8, 8, generator=generator(7)), torch.tensor([0, 1, 2, 0, 1])
+    threat = Threat(norm="linf", eps=0.05)
+    with torch.no_grad():
+        together = certifier.margins(net, x, y, threat)
+        for module in ("ibp", "_sweep"):
+            monkeypatch.setattr(f"stages.bounds.{module}._CACHE", 2 * 4 * 64)
+        apart = certifier.margins(net, x, y, threat)
+    assert torch.allclose(together, apart, atol=1e-5)
 
 
 def test_a_trace_is_made_anew_when_the_network_changes() -> None:
