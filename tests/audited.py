@@ -1,6 +1,6 @@
 """ONNX files of one small network on the digits, each wanting its images in another form, some of them not well."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from tests.digits_net import digits_net
 
+DIGITS = ("--data", "digits", "--threads", "1", "--threat", "linf:0.03")
+Audit = Callable[..., tuple[int, str, str]]
 MEAN, STD = 0.3, 0.25
 NORMAL = ("--mean", str(MEAN), "--std", str(STD))
 Node = tuple[str, Sequence[str], Mapping[str, Any]]

@@ -1,10 +1,12 @@
-"""One small build of the real line, made once for all workers of a test run."""
+"""One small build of the real line, made once for all workers of a test run; `audit` in a folder of its own."""
 
 import fcntl
 from pathlib import Path
 
 import pytest
 
+from pipeline.cli import main
+from tests.audited import Audit
 from tests.real_line import SPEC, build
 
 
@@ -28,3 +30,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory, worker_id: str, spec: Path) -
             assert done.returncode == 0, done.stdout + done.stderr
             (place / "built").touch()
     return place / "runs"
+
+
+@pytest.fixture
+def audit(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Audit:
+    """Run `audit` in a folder of its own; status, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TEMPER_DATA", raising=False)
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = main(["audit", *map(str, argv)])
+        except SystemExit as end:
+            status = int(str(end.code))
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return status, said.out, said.err
+
+    return run

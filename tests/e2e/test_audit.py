@@ -2,76 +2,17 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline.cli import main
 from pipeline.core.measurement import wilson
 from stages import evidence
 from stages.data.digits import Digits
-from tests.audited import FORMS, file
+from tests.audited import DIGITS, FORMS, Audit, file
+from tests.json_schema import fits
 from tests.real_line import ROOT, pipeline
-
-DIGITS = ("--data", "digits", "--threads", "1", "--threat", "linf:0.03")
-Audit = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def audit(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Audit:
-    """Run `audit` in a folder of its own; status, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TEMPER_DATA", raising=False)
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = main(["audit", *map(str, argv)])
-        except SystemExit as end:
-            status = int(str(end.code))
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return status, said.out, said.err
-
-    return run
-
-
-def fits(data: Any, schema: Mapping[str, Any], root: Mapping[str, Any], where: str = "$") -> list[str]:
-    """What of `data` breaks the schema, in the part of JSON Schema that ours uses."""
-    if "$ref" in schema:
-        return fits(data, root["$defs"][schema["$ref"].rpartition("/")[2]], root, where)
-    if "anyOf" in schema:
-        tries = [fits(data, one, root, where) for one in schema["anyOf"]]
-        return [] if [] in tries else tries[0]
-    kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
-    kinds |= {"integer": int, "number": (int, float)}  # type: ignore[dict-item]
-    wanted = schema.get("type", [])
-    wanted = [wanted] if isinstance(wanted, str) else wanted
-    of_kind = any(isinstance(data, kinds[k]) and (k == "boolean" or not isinstance(data, bool)) for k in wanted)
-    problems = [] if of_kind or not wanted else [f"{where}: {data!r} is no {wanted}"]
-    if "enum" in schema and data not in schema["enum"]:
-        problems.append(f"{where}: {data!r} is none of {schema['enum']}")
-    if "const" in schema and data != schema["const"]:
-        problems.append(f"{where}: {data!r} is not {schema['const']!r}")
-    if isinstance(data, str) and not re.search(schema.get("pattern", ""), data):
-        problems.append(f"{where}: {data!r} does not match {schema['pattern']}")
-    if isinstance(data, int | float) and not schema.get("minimum", data) <= data <= schema.get("maximum", data):
-        problems.append(f"{where}: {data} is out of range")
-    if isinstance(data, list):
-        problems += [] if len(data) >= schema.get("minItems", 0) else [f"{where}: too few"]
-        for number, entry in enumerate(data):
-            problems += fits(entry, schema.get("items", {}), root, f"{where}[{number}]")
-    if isinstance(data, dict):
-        known = schema.get("properties", {})
-        problems += [f"{where}: no {name}" for name in schema.get("required", ()) if name not in data]
-        if schema.get("additionalProperties") is False:
-            problems += [f"{where}: unknown {name}" for name in data if name not in known]
-        for name, entry in data.items():
-            problems += fits(entry, known.get(name, {}), root, f"{where}.{name}")
-    return problems
 
 
 def test_the_standard_audit_says_the_same_in_print_json_and_evidence(tmp_path: Path) -> None:
@@ -241,88 +182,6 @@ def test_an_early_verdict_is_the_full_one_and_leaves_images_open(at_least: str, 
     assert early["low"] <= whole["robust"]["value"] * len(rows) <= early["high"]
     assert f"{early['open']} of them open: the verdict was certain  (quick)" in said
     assert "at most" in error or status == 0
-
-
-def test_estimates_and_the_smoothed_classifier_are_told_apart_from_proofs(audit: Audit, tmp_path: Path) -> None:
-    given = (file(tmp_path / "m.onnx"), *DIGITS[:4], "--threat", "l2:0.2", "--attack", "apgd", "--limit", 20)
-    smooth = ("--certify", "crown,etb,smoothing", "--sigma", 0.1, "--n", 900, "--alpha", 0.01)
-    status, said, _ = audit(*given, *smooth, "--json", tmp_path / "o.json", "--evidence", tmp_path / "e.jsonl")
-    assert status == 0
-    data, told = json.loads((tmp_path / "o.json").read_text()), evidence.read(tmp_path / "e.jsonl")
-    schema = json.loads((ROOT / "docs" / "audit.schema.json").read_text())
-    assert fits(data, schema, schema) == []
-    assert list(told.header.certifiers) == ["crown"]
-    assert all(list(row.certified) == ["crown"] for row in told.examples)
-    assert data["certified"]["value"] * 20 == sum(row.certified["crown"] for row in told.examples)
-    (etb,), smoothed = data["estimates"], data["smoothed"]
-    positive = [row for row in told.examples if row.clean == row.label and (row.estimated_margin["etb"] or 0) > 0]
-    assert (etb["positive"], etb["broken"]) == (len(positive), sum(row.broken_by is not None for row in positive))
-    assert f"etb: an estimate, not a proof: {etb['positive']} of 20" in said
-    rows = [(row.label, row.smoothed) for row in told.examples if row.smoothed is not None]
-    assert len(rows) == 20
-    held = [label == one.answer and one.radius > 0.2 for label, one in rows]
-    assert 0 < sum(held) == smoothed["certified"]["value"] * 20 < 20
-    assert all(one.abstained is (one.radius == 0) for _, one in rows)
-    assert smoothed["abstained"] == sum(one.abstained for _, one in rows)
-    assert smoothed["settings"] == {"kind": "smoothing", "sigma": 0.1, "n0": 100, "n": 900, "alpha": 0.01}
-    assert told.header.smoothing == smoothed["settings"]
-    assert "commonest answer under Gaussian noise of 0.1 (not the file), at confidence 0.99 for each image" in said
-    assert "1,000 forward passes for each of 20 images, about" in said
-
-
-@pytest.mark.parametrize("shortcuts", [(), ("--no-shortcuts",)])
-def test_a_planted_unsound_certifier_fails_loudly(
-    shortcuts: tuple[str, ...], audit: Audit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a short attack refutes is put to it too, 8 images: it proves them, which refuses --at-least."""
-    monkeypatch.syspath_prepend(ROOT / "tests" / "planted")
-    given = (file(tmp_path / "m.onnx"), *DIGITS, "--limit", 80, "--attack", "pgd", "--certify", "temper_liar")
-    status, said, problem = audit(*given, *shortcuts, "--at-least", 0)
-    assert status == 1
-    assert problem.startswith("temper: robust accuracy is not to be believed: sound_temper_liar, refuted_temper_liar")
-    found = re.search(r"FAILED  sound_temper_liar: (\d+) of (\d+) attacked examples that temper_liar proved", said)
-    assert found is not None
-    assert 0 < int(found[1]) < int(found[2])
-    assert (
-        "FAILED  refuted_temper_liar: 8 images that temper_liar proved are read wrongly, as they are or after a few"
-        in said
-    )
-
-
-def test_smoothing_says_first_where_no_radius_can_reach_eps(audit: Audit, tmp_path: Path) -> None:
-    given = ("--threat", "l2:0.5", "--attack", "fgsm", "--limit", 2, "--certify", "smoothing", "--n", 100)
-    status, said, _ = audit(file(tmp_path / "m.onnx"), *DIGITS[:4], *given)
-    assert status == 0
-    assert "note: no radius beyond 0.3751 can come of 100 copies with sigma 0.25 and alpha 0.001" in said
-    assert "nothing can hold at eps 0.5: raise --sigma or --n" in said
-
-
-def test_an_operation_without_a_rule_is_named_with_its_node_and_the_rest_goes_on(audit: Audit, tmp_path: Path) -> None:
-    given = ("--limit", 3, "--attack", "fgsm", "--certify", "ibp,etb", "--json", tmp_path / "o.json")
-    status, said, _ = audit(file(tmp_path / "m.onnx", end="sine"), *DIGITS, *given)
-    assert status == 0
-    for name, what in (("ibp", "proves nothing about this network"), ("etb", "estimates nothing about this file")):
-        assert f'ok      covers_{name}: {name} {what}: bounds: no rule for operation "sin"' in said
-    assert said.count("node Sin giving v4") == 2
-    assert said.count("replace it by an operation with one") == 2
-    assert json.loads((tmp_path / "o.json").read_text())["certified"]["value"] == 0
-
-
-def test_memory_too_small_for_one_image_is_bad_input(audit: Audit, tmp_path: Path) -> None:
-    given = ("--limit", 3, "--attack", "fgsm", "--certify", "crown", "--certify-memory", "1e-9", "--json", "o.json")
-    status, _, problem = audit(file(tmp_path / "m.onnx"), *DIGITS, *given)
-    assert status == 2
-    assert "memory: 1e-09 GiB hold no row of coefficients for 1 images, which takes" in problem
-    assert not (tmp_path / "o.json").exists()
-
-
-def test_no_time_to_certify_leaves_all_open_and_says_so(audit: Audit, tmp_path: Path) -> None:
-    given = ("--limit", 3, "--attack", "fgsm", "--certify", "crown", "--certify-seconds", "1e-9")
-    status, said, _ = audit(file(tmp_path / "m.onnx"), *DIGITS, *given)
-    assert status == 0
-    assert "certified 0.0000" in said
-    assert "ok      unproved: 3 of 3 images, those read wrongly among them, are not proved: " in said
-    assert "3 because the 1e-09 s for certifying were over" in said
 
 
 def test_a_file_of_images_without_a_test_part_is_taken_whole(audit: Audit, tmp_path: Path) -> None:
