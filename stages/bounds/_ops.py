@@ -39,7 +39,7 @@ _MONOTONE = frozenset(
         "maximum",
         "minimum",
     }
-    | {"amax", "amin"}
+    | {"amax", "amin", "sign"}
 )
 _SMOOTH = frozenset({"sigmoid", "tanh", "exp", "erf", "hardsigmoid", "elu", "leaky_relu", "softplus"})
 _ALLOWED_COPIES = (None, torch.float32, torch.float64)

@@ -16,7 +16,7 @@ from stages.method import InputError
 from stages.nn._onnx_ops import OPERATORS, objection
 
 LOGITS = "logits"
-_OLDEST = 8
+_OLDEST = 7
 _JOINT = 13  # before it, softmax was over all axes from `axis` on
 _SMALL = 1 << 16
 _DOMAINS = ("", "ai.onnx")

@@ -13,6 +13,7 @@ from stages.verification.falsify import Hunt
 
 _REGIONS = 16
 _DOMAINS = 256
+_BOX_STEPS = 20
 _MEMORY = 1.0  # GiB of coefficients
 _SHARE = 4  # one part in so many of the time is the search's
 
@@ -58,7 +59,15 @@ class Branching:
         rows = self.cases.rows.to(self.cases.low.dtype)[row]
         box = Box(self.cases.low[regions], self.cases.high[regions])
         found = decide(
-            self.net, box, rows, max(clock.left(), 1e-3), goal, domains=_DOMAINS, memory=_MEMORY, pause=pause
+            self.net,
+            box,
+            rows,
+            max(clock.left(), 1e-3),
+            goal,
+            domains=_DOMAINS,
+            box_steps=_BOX_STEPS,
+            memory=_MEMORY,
+            pause=pause,
         )
         refuted = torch.unique(case[real & (found.lower > goal)])
         return still[~torch.isin(still, refuted)]

@@ -43,11 +43,29 @@ class Flat(nn.Module):
         return y.flatten(1)
 
 
+class Single(nn.Module):
+    """[B, n] -> [B, K]: a network that takes one input of `shape` and knows of no batch, on many side by side."""
+
+    def __init__(self, net: nn.Module, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.net = net
+        self.shape = tuple(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = torch.vmap(self._alone)(x)
+        return found
+
+    def _alone(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x.reshape(self.shape))
+        return y.reshape(-1)
+
+
 class Model:
     """`net` maps float32 [B, n] to [B, K]; `outputs` asks onnxruntime about one input.
 
-    `inputs` is the n of the specification, which settles one open size of the graph. Raises `InputError` for a graph
-    that has other than one float32 input with a batch in front and one output, or an operator without a twin.
+    `inputs` is the n of the specification, which settles one open size of the graph; `fed` is the shape of what
+    onnxruntime is given. Raises `InputError` for a graph that has other than one float32 input and one output, or an
+    operator without a twin.
     """
 
     def __init__(self, path: Path, inputs: int) -> None:
@@ -61,17 +79,21 @@ class Model:
         if entry.type != "tensor(float)":
             raise InputError(f'{path}: input "{entry.name}" is a {entry.type}; expected tensor(float), that is float32')
         self._name = entry.name
-        self.shape = _shape(entry.shape, inputs, f'{path}: input "{entry.name}"')
-        twin = imported(source, self.shape)
-        twin.settle(self.shape)
-        self.net: nn.Module = Flat(twin, self.shape).eval()
+        self.fed = _shape(entry.shape, inputs, f'{path}: input "{entry.name}"')
+        twin = imported(source, self.fed[1:], free=self.fed[0] == 1)
+        if self.fed[0] == 1 and twin.piece is None:
+            twin.settle(self.fed[1:])
+            self.net: nn.Module = Flat(twin, self.fed[1:]).eval()
+        else:
+            twin.piece = None
+            self.net = Single(twin, self.fed).eval()
         names = [output.name for output in session.get_outputs()]
         self._output = "logits" if len(names) > 1 and "logits" in names else names[0]
         self.classes = len(self.outputs(np.zeros(inputs, np.float32)))
 
     def outputs(self, x: Array) -> Array:
         """Float32 [n] -> [K], computed by onnxruntime, one image alone."""
-        fed = np.ascontiguousarray(x, np.float32).reshape(1, *self.shape)
+        fed = np.ascontiguousarray(x, np.float32).reshape(self.fed)
         found: Array = self._engine.session.run([self._output], {self._name: fed})[0]
         return found.reshape(-1).astype(np.float32)
 
@@ -84,14 +106,15 @@ class Model:
 
 
 def _shape(declared: Sequence[int | str | None], inputs: int, where: str) -> tuple[int, ...]:
-    """The shape of one input without the batch; one open size is what the number of inputs leaves for it."""
-    if len(declared) < 2 or (isinstance(declared[0], int) and declared[0] != 1):
-        raise InputError(f"{where} has shape {list(declared)}; expected a batch of one, or an open one, in front")
-    sizes = [size if isinstance(size, int) and size > 0 else None for size in declared[1:]]
+    """The shape of one input, with a batch of one where the graph has one; an open size is what is left for it."""
+    sizes = [size if isinstance(size, int) and size > 0 else None for size in declared]
+    if None not in sizes and prod(size or 0 for size in sizes) == inputs and sizes:
+        return tuple(size or 0 for size in sizes)
+    sizes[:1] = [1 if sizes[0] is None else sizes[0]] if sizes else []
     known = prod(size for size in sizes if size is not None)
     if sizes.count(None) == 1 and known and inputs % known == 0:
         sizes[sizes.index(None)] = inputs // known
-    if None in sizes or prod(size or 0 for size in sizes) != inputs:
+    if len(sizes) < 2 or None in sizes or prod(size or 0 for size in sizes) != inputs:
         raise InputError(
             f"{where} has shape {list(declared)}, the specification names {inputs} inputs X_0 to X_{inputs - 1}; "
             "expected as many as one image has numbers"

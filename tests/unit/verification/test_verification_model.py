@@ -94,7 +94,29 @@ def test_shapes_that_the_graph_computes_become_constants_for_bounds(tmp_path: Pa
 
 def test_the_specification_settles_one_open_size(tmp_path: Path) -> None:
     path = mlp(tmp_path / "net.onnx", layers([6, 4, 2], 1), ("batch", "length", 3))
-    assert Model(path, 6).shape == (2, 3)
+    assert Model(path, 6).fed == (1, 2, 3)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (1, 6)])
+def test_a_graph_without_a_batch_takes_one_input_beside_the_other(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """A weight times a column, as in W x + b: the batch is in no dimension of its values."""
+    arrays = {"w": RNG.normal(0, 1, (4, 6)).astype(np.float32), "v": RNG.normal(0, 1, (2, 4)).astype(np.float32)}
+    turned = [helper.make_node("Transpose", ["input"], ["x"], perm=[1, 0])] if shape == (1, 6) else []
+    nodes = [
+        *turned,
+        helper.make_node("MatMul", ["w", "x" if turned else "input"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["v", "r"], ["y"]),
+    ]
+    model = Model(saved(tmp_path / "net.onnx", nodes, shape, "y", (2, 1) if len(shape) > 1 else (2,), arrays), 6)
+    points = torch.rand(5, 6)
+    assert model.disagreement(points) < 1e-6
+    low = points - 0.05
+    rows = torch.eye(2, dtype=torch.float64).expand(5, -1, -1)
+    with torch.no_grad():
+        bound = Crown().lower(model.net, Box(low, low + 0.1), rows)
+        assert bool((bound <= model.net(points)).all())
+        assert bool((bound > model.net(points) - 2).all())
 
 
 @pytest.mark.parametrize(
@@ -102,8 +124,8 @@ def test_the_specification_settles_one_open_size(tmp_path: Path) -> None:
     [
         ((1, 6), 5, r"shape \[1, 6\], the specification names 5 inputs X_0 to X_4"),
         (("n", "a", "b"), 6, "expected as many as one image has numbers"),
-        ((6,), 6, "expected a batch of one, or an open one, in front"),
-        ((3, 2), 6, "expected a batch of one"),
+        ((), 1, "expected as many as one image has numbers"),
+        ((3, 2), 2, r"shape \[3, 2\], the specification names 2 inputs"),
     ],
 )
 def test_what_does_not_fit_is_refused(shape: tuple[int | str, ...], inputs: int, message: str, tmp_path: Path) -> None:
