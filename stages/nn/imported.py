@@ -192,9 +192,9 @@ def imported(
     """The twin of an ONNX file, or of its bytes, in eval mode.
 
     `shape` is that of one input without the batch, for files that leave it open. Of several outputs it takes the one of
-    that name, else the one called "logits". With `before_softmax` a softmax at the end is left out. Without
-    `free` the graph stays as it is, for an input of just its shape. Raises `InputError` for what is not ONNX, has other than one image in and one array of logits out, or holds an operator without a twin
-    (naming it, its node, and what to do).
+    that name, else the one called "logits". With `before_softmax` a softmax at the end is left out. Without `free` the
+    graph stays as it is, for an input of just its shape. Raises `InputError` for what is not ONNX, has other than one
+    image in and one array of logits out, or holds an operator without a twin (naming it, its node, and what to do).
     """
     where = str(source) if isinstance(source, Path) else "the ONNX graph"
     model = read.loaded(source, where, output)
