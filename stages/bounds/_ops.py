@@ -134,7 +134,10 @@ def _affine(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rou
         centre, tail = centre[0], centre[1:]
     share = rounding.share(piece.terms)
     spread = piece.magnitude(radius + share * (middle.abs() + radius)) + share * piece.offset + TINY
-    answer = Interval(centre - spread, centre + spread)
+    low = centre - spread
+    if op.kind in _MEANS:  # of nothing negative is not negative, however it rounds
+        low = torch.where(op.target(x.low.clamp(max=0), *args[1:], **kwargs) == 0, low.clamp(min=0), low)
+    answer = Interval(low, centre + spread)
     return (answer, *tail) if tail else answer
 
 
@@ -205,6 +208,7 @@ _PARTS: dict[str, Callable[[Op, tuple[Any, ...], dict[str, Any]], Parts]] = {
     "mean": _average,
     "sum": _average,
 }
+_MEANS = frozenset({"mean", "sum", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"})
 _PLACES = {"addmm": (1,), "mm": (0, 1), "bmm": (0, 1), "matmul": (0, 1), "mul": (0, 1)}
 
 
@@ -226,7 +230,10 @@ def _sum(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Roundi
     a, b = _two(args)
     if op.kind == "sub":
         b = Interval(-b.high, -b.low)
-    return rounding.widen(a.low + b.low, a.high + b.high, a.size() + b.size())
+    found = rounding.widen(a.low + b.low, a.high + b.high, a.size() + b.size())
+    # Rounding is monotone: a sum of what is not negative stays above both.
+    least = torch.where((a.low >= 0) & (b.low >= 0), torch.maximum(a.low, b.low), found.low)
+    return Interval(torch.maximum(found.low, least), found.high)
 
 
 def _neg(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
@@ -243,7 +250,8 @@ def _abs(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Roundi
 def _square(x: Interval, rounding: Rounding) -> Interval:
     nearest = torch.maximum(x.low, -x.high).clamp(min=0)
     high = x.size() ** 2
-    return rounding.widen(nearest**2, high, high)
+    found = rounding.widen(nearest**2, high, high)
+    return Interval(found.low.clamp(min=0), found.high)
 
 
 def _round(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
@@ -283,7 +291,7 @@ def _reciprocal(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding:
 def _inverse(op: Op, x: Interval, rounding: Rounding) -> Interval:
     if not bool(((x.low > 0) | (x.high < 0)).all()):
         raise unsupported(op, "by a value that may be zero")
-    return rounding.widen(1 / x.high, 1 / x.low, torch.maximum((1 / x.high).abs(), (1 / x.low).abs()))
+    return _relative(1 / x.high, 1 / x.low, rounding)
 
 
 def _pow(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
@@ -311,7 +319,13 @@ def _root(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Round
         raise unsupported(op, "of a value that may be negative or zero")
     ends = op.target(x.low, *args[1:], **kwargs), op.target(x.high, *args[1:], **kwargs)
     low, high = torch.minimum(*ends), torch.maximum(*ends)
-    return rounding.widen(low, high, torch.maximum(low.abs(), high.abs()) + (op.kind == "log"), terms=12)
+    return _relative(low, high, rounding, 1.0 if op.kind == "log" else 0.0)
+
+
+def _relative(low: Tensor, high: Tensor, rounding: Rounding, more: float = 0.0) -> Interval:
+    """For monotone functions that are right within 14 units of their value: each end moves by its own size."""
+    share = rounding.share(12)
+    return Interval(low - share * (low.abs() + more) - TINY, high + share * (high.abs() + more) + TINY)
 
 
 def _matmul(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:

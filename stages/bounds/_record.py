@@ -160,6 +160,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if moves:
                 raise InputError("it reads the value of a pixel")
             return
+        if op.reads() and self.literals.keys() >= set(op.reads()):
+            return  # known; what is read of it is a literal, so sizes may go through sums of sizes
         if moves and kind == "_to_copy" and kwargs.get("dtype") in _FLOATS:
             # Bounds have a precision of their own.
             self._names[id(result)] = op.reads()[0]
@@ -176,7 +178,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The path of the innermost module and, where it says so itself, the part of it that is at work."""
         if not self._inside:
             return ""
-        path, told = self._paths.get(id(self._inside[-1]), ""), getattr(self._inside[-1], "place", str)()
+        path, told = self._paths.get(id(self._inside[-1]), ""), getattr(self._inside[-1], "at_work", str)()
         return ", ".join(part for part in (path, told) if part)
 
     def _add(self, op: Op, moves: bool) -> None:

@@ -114,6 +114,8 @@ def _each_alone(net: nn.Module, content: Tensor) -> None:
     what does not is told by other values."""
     images = torch.stack([content, content.flip(-1), 1 - content])
     logits = net(images)
+    if bool(logits.isnan().any()):
+        raise InputError("its logits are NaN; is a row of attention masked all through?")
     for i in range(len(images)):
         changed = images.index_fill(0, torch.tensor([i], device=images.device), torch.nan)
         others = torch.arange(len(images), device=images.device) != i

@@ -140,6 +140,7 @@ OPERATORS: dict[str, Operator] = {
     "ThresholdedRelu": values.thresholded_relu,
     "Tile": shapes.tile,
     "Transpose": shapes.transpose,
+    "Trilu": shapes.trilu,
     "Unsqueeze": shapes.unsqueeze,
     "Where": shapes.where,
     "Xor": _plain(torch.logical_xor),

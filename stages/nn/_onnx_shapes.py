@@ -24,6 +24,11 @@ _TYPES = {
 _HALVES = {10: torch.float16, 16: torch.bfloat16}
 
 
+def whole(values: Tensor) -> list[int]:
+    """Sizes, axes, steps as numbers; one by one, since a recording of the graph holds no list of them."""
+    return [int(value) for value in values]
+
+
 def castable(number: int) -> bool:
     """Is there a twin of a cast to this ONNX type?"""
     return number in _TYPES or number in _HALVES
@@ -42,7 +47,7 @@ def shape(a: Attributes, x: Tensor) -> Tensor:
 
 
 def reshape(a: Attributes, x: Tensor, target: Tensor) -> Tensor:
-    sizes = [int(size) for size in target.tolist()]
+    sizes = whole(target)
     if not a.get("allowzero", 0):
         sizes = [x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
     return x.reshape(sizes)
@@ -98,7 +103,7 @@ def slice_(
 ) -> Tensor:
     first, last = _listed(a, "starts", starts) or [], _listed(a, "ends", ends) or []
     where = _listed(a, "axes", axes) or range(len(first))
-    by = [1] * len(first) if steps is None else steps.tolist()
+    by = [1] * len(first) if steps is None else whole(steps)
     for start, end, axis, step in zip(first, last, where, by, strict=True):
         chosen = range(x.shape[axis])[start:end:step]
         if step > 0:
@@ -126,7 +131,7 @@ def pad(
 ) -> Tensor:
     sides = _listed(a, "pads", pads) or []
     value = a.get("value", value)
-    where = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in axes.tolist()]
+    where = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in whole(axes)]
     pairs = {axis: (sides[i], sides[len(where) + i]) for i, axis in enumerate(where)}
     mode = _PAD_MODES[a.get("mode", b"constant").decode()]
     lowest = min((axis for axis, pair in pairs.items() if pair != (0, 0)), default=x.dim())
@@ -140,21 +145,26 @@ def pad(
 
 def expand(a: Attributes, x: Tensor, target: Tensor) -> Tensor:
     del a
-    wanted = [int(size) for size in target.tolist()]
+    wanted = whole(target)
     sizes = [1] * (x.dim() - len(wanted)) + wanted
     own = [1] * (len(sizes) - x.dim()) + list(x.shape)
     # ONNX broadcasts both ways: a 1 in the target keeps the input's size.
     return x.expand([max(size, mine) for size, mine in zip(sizes, own, strict=True)])
 
 
+def trilu(a: Attributes, x: Tensor, k: Tensor | None = None) -> Tensor:
+    diagonal = 0 if k is None else int(k)
+    return torch.triu(x, diagonal) if a.get("upper", 1) else torch.tril(x, diagonal)
+
+
 def tile(a: Attributes, x: Tensor, repeats: Tensor) -> Tensor:
     del a
-    return x.repeat(repeats.tolist())
+    return x.repeat(whole(repeats))
 
 
 def constant_of_shape(a: Attributes, sizes: Tensor) -> Tensor:
     value = a["value"] if "value" in a else torch.zeros(1)
-    return value.expand(sizes.tolist()) if sizes.numel() else value.reshape(())
+    return value.expand(whole(sizes)) if sizes.numel() else value.reshape(())
 
 
 def range_(a: Attributes, start: Tensor, limit: Tensor, step: Tensor) -> Tensor:
@@ -196,4 +206,4 @@ def space_to_depth(a: Attributes, x: Tensor) -> Tensor:
 
 def _listed(a: Attributes, name: str, given: Tensor | None) -> list[int] | None:
     """Whole numbers that older opsets keep in an attribute and newer ones in an input."""
-    return list(a[name]) if given is None and name in a else None if given is None else given.tolist()
+    return list(a[name]) if given is None and name in a else None if given is None else whole(given)

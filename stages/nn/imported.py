@@ -76,7 +76,7 @@ class Twin(nn.Module):
             : len(x)
         ]
 
-    def place(self) -> str:
+    def at_work(self) -> str:
         """The node that is being computed, for messages about an operation in it."""
         return "" if self._now is None else f"node {self._now.operator} giving {self._now.outputs[0]}"
 
