@@ -217,7 +217,9 @@ def _terms(op: Op, values: dict[str, Any]) -> int:
 
 def _apply(op: Op, values: dict[str, Any], rounding: Rounding) -> Any:
     args, kwargs = fill(op.args, values), fill(dict(op.kwargs), values)
-    return _double(op.target(*low_ends(args), **kwargs)) if op.counts else _ops.step(op, args, kwargs, rounding)
+    if op.counts:
+        return _cast(op.target(*low_ends(args), **kwargs), torch.float64 if rounding.own == DOUBLE else torch.float32)
+    return _ops.step(op, args, kwargs, rounding)
 
 
 def _ancestors(graph: Trace, wanted: set[str], known: dict[str, Any]) -> set[str]:
