@@ -31,6 +31,7 @@ from stages.method import InputError
 Split = tuple[int, int, int]  # which ReLU, which of its inputs, sign
 Pause = Callable[[Tensor, Tensor, Tensor], Tensor]
 _RATE = 0.1
+_ROOT = 0.3  # of the time goes to the boxes at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,9 @@ class _Search:
         self.points = centre.unsqueeze(1).expand(len(rows), rows.shape[1], *centre.shape[1:]).clone()
         self.broken = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)
         chain = Chain(net, box, self.unit, self.double)
-        self._tightened(chain, memory, Chain.bound)
+        self.first: dict[str, tuple[Tensor, Tensor]] = {}
+        self._tightened(chain, memory, Chain.bound, self.end)
+        self.first = self._boxes(chain)
         self.lower = _sweep.logits(chain, rows, memory)
         self.closed = torch.full_like(self.lower, torch.inf)
         self.relus = [op for op in chain.done if op.kind == "relu"]
@@ -125,19 +128,33 @@ class _Search:
         self.waiting = torch.zeros_like(self.visits)
         self.count = 0
 
-    def _tightened(self, chain: Chain, memory: float, bound: _sweep.Bound) -> None:
-        """All operations in turn; boxes stay as wide as intervals make them where the time is over."""
+    def _tightened(
+        self, chain: Chain, memory: float, bound: _sweep.Bound, end: float, images: Tensor | None = None
+    ) -> None:
+        """All operations in turn; after `end` boxes stay as they were in the first pass, or as intervals make them."""
 
         def timed(chain: Chain, name: str, slopes: Tensor) -> Tensor:
-            if time.monotonic() > self.end:
+            if time.monotonic() > end:
                 raise TimeoutError
             return bound(chain, name, slopes)
 
         def tighten(op: Op) -> None:
+            for name in chain.operands(op):
+                if name in self.first:
+                    chain.tighten(name, *(chain.unflat(name, side[images]) for side in self.first[name]))
             with suppress(TimeoutError):
                 _sweep.tighten(chain, op, memory, timed)
 
         _sweep.follow(chain, tighten)
+
+    def _boxes(self, chain: Chain) -> dict[str, tuple[Tensor, Tensor]]:
+        """What non-linear operations read, [B, n] each end."""
+        names = {name for op in chain.done if op.result in chain.fronts for name in chain.operands(op)}
+        found = {}
+        for name in names:
+            low, high = _ends(chain, name)
+            found[name] = chain.flat(name, low), chain.flat(name, high)
+        return found
 
     def run(self, limit: int, on_step: Callable[[int, int], None] | None, pause: Pause | None) -> None:
         self._try(self.points)
@@ -189,10 +206,11 @@ class _Search:
         """Boxes of what non-linear operations read, with optimised slopes, for the images that are open."""
         chain = Chain(self.net, self._part(images, self.box.low[images], self.box.high[images]), self.unit, self.double)
         room = self.memory / (4 * (1 + len(self.relus)))
-        self._tightened(chain, room, _slopes.optimised(self.box_steps, _RATE))
+        now = time.monotonic()
+        end = now + _ROOT * (self.end - now)
+        self._tightened(chain, room, _slopes.optimised(self.box_steps, _RATE), end, images)
         self.place = {int(image): i for i, image in enumerate(images)}
-        names = {name for op in chain.done if op.result in chain.fronts for name in chain.operands(op)}
-        self.roots = {name: tuple(chain.flat(name, end) for end in _ends(chain, name)) for name in names}
+        self.roots = self._boxes(chain)
         found = _sweep.logits(chain, self.rows[images], self.memory)
         self.lower[images] = torch.maximum(self.lower[images], found)
 

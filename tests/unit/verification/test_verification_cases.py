@@ -1,6 +1,7 @@
 """From fractions to float32: what a search may use lies inside, what a proof covers lies outside."""
 
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,11 @@ import torch
 
 from stages.method import InputError
 from stages.verification.cases import Cases
-from stages.verification.vnnlib import Region, Row, Spec
+from stages.verification.clock import Clock
+from stages.verification.model import Model
+from stages.verification.verdict import Trial
+from stages.verification.vnnlib import Region, Row, Spec, parse
+from tests.specs import any_of, layers, mlp, spec
 
 F = Fraction
 ROW = Row(((0, F(1)),), F(0))
@@ -84,3 +89,13 @@ def test_what_cannot_be_exact_or_does_not_fit_is_refused(row: Row, message: str)
     spec = Spec(1, 2, (Region((F(0),), (F(1),), ((Row((*row.weights, (1, F(1))), row.bound),),)),))
     with pytest.raises(InputError, match=message):
         Cases.of(spec, 3 if "3" in message else 2)
+
+
+def test_factors_that_float32_does_not_hold_prove_nothing(tmp_path: Path) -> None:
+    """Bounds are formed of factors in float32; one that is rounded there would be another constraint."""
+    model = Model(mlp(tmp_path / "net.onnx", layers([2, 3, 2], 0), (1, 2)), 2)
+    for factor, word in ((0.5, "unsat"), (0.123456789, "unknown")):
+        text = spec([0.0, 0.0], [1.0, 1.0], 2, any_of([[([factor, 1.0], -1e4)]]))
+        answer = Trial(model, Cases.of(parse(text), 2), Clock(1.0), lambda _: None).answer()
+        assert answer.word == word
+    assert "more digits than float32 holds" in answer.reason
