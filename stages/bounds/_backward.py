@@ -282,6 +282,8 @@ class Chain:
         moved = {name: (1 + 4 * sums) * (old[name] + sums * size[name]) for name in before}
         if op.kind == "constant_pad_nd":
             return self._fans(op, op.target(moved[op.reads()[0]], args[1]))
+        if op.kind == "neg":
+            return self._fans(op, moved[op.reads()[0]])
         still = {name: _none(self.values[name]) for name in op.reads() if name not in moved}
         return self._fans(op, op.target(*fill(op.args, {**self.values, **still, **moved}), **kwargs))
 

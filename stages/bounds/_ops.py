@@ -135,8 +135,9 @@ def _affine(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rou
     share = rounding.share(piece.terms)
     spread = piece.magnitude(radius + share * (middle.abs() + radius)) + share * piece.offset + TINY
     low = centre - spread
-    if op.kind in _MEANS:  # of nothing negative is not negative, however it rounds
-        low = torch.where(op.target(x.low.clamp(max=0), *args[1:], **kwargs) == 0, low.clamp(min=0), low)
+    if op.kind in _KEEPING and bool((x.low >= 0).all()):  # however it rounds
+        factors = [torch.as_tensor(arg) >= 0 for arg in args if op.kind in {"mul", "div"} and arg is not x]
+        low = low.clamp(min=0) if all(bool(factor.all()) for factor in factors) else low
     answer = Interval(low, centre + spread)
     return (answer, *tail) if tail else answer
 
@@ -208,7 +209,8 @@ _PARTS: dict[str, Callable[[Op, tuple[Any, ...], dict[str, Any]], Parts]] = {
     "mean": _average,
     "sum": _average,
 }
-_MEANS = frozenset({"mean", "sum", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"})
+# What gives nothing negative of nothing negative, if constants are not negative either.
+_KEEPING = frozenset({"mean", "sum", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "mul", "div"})
 _PLACES = {"addmm": (1,), "mm": (0, 1), "bmm": (0, 1), "matmul": (0, 1), "mul": (0, 1)}
 
 

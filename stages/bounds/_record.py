@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stages.bounds import _decompose
 from stages.method import InputError
 
 _aten = torch.ops.aten
@@ -98,7 +99,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: list[Any] = []  # a tensor that is gone may leave its id to another one
         self._paths = {id(module): path for path, module in net.named_modules()}
         self._inside: list[nn.Module] = []
-        self._table = {key: rule for key, rule in dict(core_aten_decompositions()).items() if key not in _WHOLE}
+        table: dict[Any, Any] = {**core_aten_decompositions(), **_decompose.RULES}
+        self._table = {key: rule for key, rule in table.items() if key not in _WHOLE}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -100,7 +100,7 @@ OPERATORS: dict[str, Operator] = {
     "Neg": _plain(torch.neg),
     "Not": _plain(torch.logical_not),
     "Or": _plain(torch.logical_or),
-    "PRelu": _plain(lambda x, slope: torch.where(x < 0, slope * x, x)),
+    "PRelu": _plain(lambda x, slope: torch.relu(x) - slope * torch.relu(-x)),
     "Pad": shapes.pad,
     "Pow": _plain(torch.pow),
     "QuantizeLinear": values.quantize_linear,

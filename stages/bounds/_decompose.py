@@ -1,0 +1,60 @@
+"""Operations that torch leaves whole, in parts that have rules; each computes what the operation computes."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+def _variance(
+    x: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False
+) -> Tensor:
+    dims = dim or list(range(x.dim()))
+    count = math.prod(x.shape[i] for i in dims)
+    apart = x - x.mean(dims, keepdim=True)
+    return (apart * apart).sum(dims, keepdim=keepdim) / (count - (1 if correction is None else correction))
+
+
+def _group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, channels: int, size: int, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    del n
+    inner = channels // groups * size
+    rows = x.reshape(x.shape[0], groups, inner)
+    y, mean, scale = _aten.native_layer_norm(rows, [inner], None, None, eps)
+    return _affine(y.reshape(x.shape), weight, bias), mean, scale
+
+
+def _instance_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, momentum: float, eps: float
+) -> Any:
+    """Batch normalisation in training mode; one image's statistics are its own where the batch lies in the channels."""
+    del momentum
+    if not training or x.shape[0] != 1:
+        return NotImplemented
+    rows = x.reshape(x.shape[1], -1)
+    y, mean, scale = _aten.native_layer_norm(rows, [rows.shape[1]], None, None, eps)
+    return _affine(y.reshape(x.shape), weight, bias), mean, scale
+
+
+def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    shape = [1, -1, *(1 for _ in y.shape[2:])]
+    y = y if weight is None else y * weight.reshape(shape)
+    return y if bias is None else y + bias.reshape(shape)
+
+
+def _prelu(x: Tensor, weight: Tensor) -> Tensor:
+    return x.relu() - weight * (-x).relu()
+
+
+RULES: Mapping[Any, Callable[..., Any]] = {
+    _aten.var.correction: _variance,
+    _aten.std.correction: lambda *args, **kwargs: _variance(*args, **kwargs).sqrt(),
+    _aten.native_group_norm.default: _group_norm,
+    _aten._native_batch_norm_legit.no_stats: _instance_norm,
+    _aten._prelu_kernel.default: _prelu,
+}
