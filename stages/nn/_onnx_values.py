@@ -99,7 +99,7 @@ def celu(a: Attributes, x: Tensor) -> Tensor:
 
 def selu(a: Attributes, x: Tensor) -> Tensor:
     alpha, gamma = a.get("alpha", 1.6732632423543772), a.get("gamma", 1.0507009873554805)
-    y: Tensor = gamma * torch.where(x > 0, x, alpha * x.clamp(max=0).expm1())
+    y: Tensor = gamma * F.elu(x, alpha)
     return y
 
 

@@ -118,10 +118,10 @@ def _forms(text: str, where: str) -> Iterator[tuple[int, list[Tree]]]:
             raise InputError(f'{where}, line {line}: expected "(", got "{token[:40]}"; is this a VNN-LIB file?')
         elif token == ")":
             done = stack.pop()
-            if not done:
-                raise InputError(f"{where}, line {start}: nothing between two parentheses")
             if stack:
-                stack[-1].append(done)
+                stack[-1].append(done or "()")  # as in (declare-fun X_0 () Real)
+            elif not done:
+                raise InputError(f"{where}, line {start}: nothing between two parentheses")
             elif isinstance(done[0], str):
                 yield start, done
             else:

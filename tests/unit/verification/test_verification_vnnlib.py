@@ -133,3 +133,9 @@ def test_what_cannot_be_used_is_refused(text: str, message: str) -> None:
         parse(text, "s.vnnlib")
     assert str(caught.value).startswith("s.vnnlib")
     assert message in str(caught.value)
+
+
+def test_variables_may_be_functions_of_nothing() -> None:
+    declared = "(declare-fun X_0 () Real)(declare-fun Y_0 () Real)"
+    found = parse(f"{declared}(assert (and (<= X_0 1) (>= X_0 0) (<= Y_0 2)))")
+    assert (found.inputs, found.outputs, [float(high) for high in found.regions[0].high]) == (1, 1, [1.0])
