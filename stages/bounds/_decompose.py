@@ -47,6 +47,15 @@ def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.reshape(shape)
 
 
+def _norm(
+    x: Tensor, order: float = 2, dim: list[int] | None = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    if dtype is not None or order not in (1, 2):
+        return NotImplemented
+    dims = dim or list(range(x.dim()))
+    return x.abs().sum(dims, keepdim=keepdim) if order == 1 else (x * x).sum(dims, keepdim=keepdim).sqrt()
+
+
 def _prelu(x: Tensor, weight: Tensor) -> Tensor:
     return x.relu() - weight * (-x).relu()
 
@@ -54,6 +63,7 @@ def _prelu(x: Tensor, weight: Tensor) -> Tensor:
 RULES: Mapping[Any, Callable[..., Any]] = {
     _aten.var.correction: _variance,
     _aten.std.correction: lambda *args, **kwargs: _variance(*args, **kwargs).sqrt(),
+    _aten.linalg_vector_norm.default: _norm,
     _aten.native_group_norm.default: _group_norm,
     _aten._native_batch_norm_legit.no_stats: _instance_norm,
     _aten._prelu_kernel.default: _prelu,

@@ -140,6 +140,8 @@ def _joined(few: Recording, many: Recording) -> Trace:
             raise InputError("a constant in it depends on the images")
     places = {"image": _Place(1, math.prod(few.shapes["image"][1:]))}
     ops = joint.ops
+    if few.output not in joint.moving - joint.counted:
+        raise InputError("its output does not depend on the image")
     for op in ops:
         place = None if op.counts else _place(op, few.shapes[op.result], many.shapes[op.result], places)
         if place is not None:

@@ -45,6 +45,7 @@ ROUGH: dict[str, Callable[[Tensor], Tensor]] = {
     "cube": lambda x: x**3,
     "fourth power": lambda x: x**4,
     "negated": lambda x: (-(2 * x)).relu() - (-x).flip(2),
+    "unit length": lambda x: F.normalize(x + 3, dim=-1),
     "prelu": lambda x: F.prelu(x, torch.tensor([0.2, -0.3]).to(x)),
     "group_norm": lambda x: F.group_norm(x, 1, torch.tensor([1.5, -1.0]).to(x), torch.tensor([0.1, 0.2]).to(x)),
     "instance_norm": F.instance_norm,

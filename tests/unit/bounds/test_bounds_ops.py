@@ -127,6 +127,7 @@ def _point_stays_a_point(function: Single, x: Tensor) -> None:
         (lambda x: x**2.5, "with exponent 2.5"),
         (lambda x: F.leaky_relu(x, -0.1), "with a negative slope"),
         (lambda x: x.half().float(), "to torch.float16"),
+        (lambda x: torch.ones(x.shape[0], 2), "does not depend on the image"),
         (lambda x: torch.cumsum(x, 1), 'no rule for operation "cumsum"'),
     ],
 )
