@@ -11,6 +11,7 @@ they are not stored (`benchmarks.bounds_nets`).
 
 import argparse
 import copy
+import ctypes
 import statistics
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def _report(name: str, here: Case) -> None:
             f"| {peak:,.0f} | {said} | {int((found > 0).all(1).sum())} |",
             flush=True,
         )
-    for kind, seconds, what in _others(here):
+    for kind, seconds, what in _others(here, "crown" in spent):
         print(f"| {kind} | {what} | {1 / seconds:,.1f} | {seconds / unit:,.1f} | | | |", flush=True)
     _targets(here, spent, forward, row)
 
@@ -177,11 +178,16 @@ def _passes(here: Case) -> tuple[list[float], list[float]]:
 def _layouts(here: Case) -> list[tuple[nn.Module, Tensor]]:
     x = here.x[:_BATCH]
     last = copy.deepcopy(here.net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return [(here.net, x), (last, x.contiguous(memory_format=torch.channels_last))]
+    found = [(here.net, x), (last, x.contiguous(memory_format=torch.channels_last))]
+    try:
+        trace(last, found[1][1])
+    except InputError:
+        return found[:1]  # some operations cannot be followed in that layout
+    return found
 
 
-def _row(net: nn.Module, x: Tensor, name: str | None) -> Callable[[], object]:
-    """A backward pass to the image, from the value `name` of the trace or from the logits."""
+def _row(net: nn.Module, x: Tensor, place: int | None) -> Callable[[], object]:
+    """A backward pass to the image, from what the ReLU of that place reads or from the logits."""
     x = x.clone().requires_grad_()
     graph = trace(net, x)
     values = {**graph.constants(net), graph.input: x}
@@ -189,7 +195,8 @@ def _row(net: nn.Module, x: Tensor, name: str | None) -> Callable[[], object]:
         for op in graph.ops:
             if op.result in graph.moving:
                 values[op.result] = op.target(*fill(op.args, values), **fill(dict(op.kwargs), values))
-    end: Tensor = values[name or graph.output]
+    relus = [op.reads()[0] for op in graph.ops if op.kind == "relu"]
+    end: Tensor = values[graph.output if place is None else relus[place]]
     with torch.no_grad():
         slopes = torch.ones_like(end)
     return lambda: torch.autograd.grad(end, x, slopes, retain_graph=True)
@@ -212,8 +219,10 @@ def _needs(here: Case, images: int) -> tuple[float, float, float, float]:
 
         _sweep.follow(chain, count)
     each: dict[str, float] = {}
+    relus = [op.reads()[0] for op in chain.done if op.kind == "relu"]
     for name in counts:
-        rows = [_rounds({"row": _row(net, x, name)}, 5)["row"] for net, x in _layouts(here)]
+        place = relus.index(name)
+        rows = [_rounds({"row": _row(net, x, place)}, 5)["row"] for net, x in _layouts(here)]
         each[name] = min(statistics.median(row) for row in rows) / _BATCH
     neurons, ends = (sum(pair[i] for pair in counts.values()) for i in (0, 1))
     once, asked = (sum(pair[i] * each[name] for name, pair in counts.items()) for i in (0, 1))
@@ -241,8 +250,8 @@ def _alone(here: Case) -> float:
     return statistics.median(_rounds({"crown": lambda: Crown().lower(here.net, *few)}, 3)["crown"]) / images
 
 
-def _others(here: Case) -> list[tuple[str, float, str]]:
-    """Name, seconds for one, and of what."""
+def _others(here: Case, splits: bool) -> list[tuple[str, float, str]]:
+    """Name, seconds for one, and of what; branch and bound only where CROWN is quick enough."""
     found = []
     some, rows = _asked(here, 4)
     middle = (some.low + some.high) / 2
@@ -251,7 +260,7 @@ def _others(here: Case) -> list[tuple[str, float, str]]:
     thin = replace(some, low=torch.where(moves, some.low, middle), high=torch.where(moves, some.high, middle))
     times = _rounds({"once": lambda: CrownForward().lower(here.net, thin, rows)}, 3)["once"]
     found.append(("crown_forward", statistics.median(times) / 4, f"4, of which {_MOVING} pixels move"))
-    domain = _domain(here)
+    domain = _domain(here) if splits else None
     if domain is not None:
         found.append(("branch_and_bound", domain, f"{_DOMAINS} domains of one image"))
     with tempfile.TemporaryDirectory() as folder:
@@ -304,6 +313,7 @@ def _growth(here: Case, certifier: Certifier, images: int) -> float:
     with torch.no_grad():
         certifier.lower(here.net, replace(few, high=few.low), rows)  # the trace, and what torch loads at the first call
         some, rows = _asked(here, images)
+        ctypes.CDLL(None).malloc_trim(0)  # what is freed and kept would hide what is taken
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         before = _status("VmRSS")
         certifier.lower(here.net, some, rows)

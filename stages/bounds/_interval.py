@@ -98,6 +98,8 @@ def _map(tree: Any, swap: Any) -> Any:
 
 def outward(ends: Tensor, kind: torch.dtype, side: float) -> Tensor:
     """`ends` in another precision, never past them: rounded towards `side`, -inf or inf."""
+    if ends.dtype == kind:
+        return ends
     cast = ends.to(kind)
     wrong = cast.double() > ends.double() if side < 0 else cast.double() < ends.double()
     return torch.where(wrong, torch.nextafter(cast, torch.full_like(cast, side)), cast)
