@@ -11,8 +11,8 @@ _LARGEST = 2**25 - 2**16  # bytes: the most that the C library will take for an 
 def trained(net: nn.Module) -> bool:
     """Whether gradients may be asked of the weights, which keeps everything as it is.
 
-    torch 2.13 writes past its memory in the weight gradient of a channels-last 1x1 convolution with a stride and fewer
-    than 16 input channels, on processors.
+    torch 2.13 writes past its memory in the weight gradient of a channels-last 1x1 convolution with a stride and few
+    input channels, on processors: seen with 1 to 5, not with 8 or more.
     """
     return torch.is_grad_enabled() and any(weight.requires_grad for weight in net.parameters())
 
