@@ -13,6 +13,7 @@ rather than proved: CROWN only tightens boxes, but its slopes may turn with them
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -50,9 +51,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500, help="the first N test images (500)")
     parser.add_argument("--seconds", type=float, default=30.0, help="of branch and bound, for each image (30)")
     parser.add_argument("--batch", type=int, default=25, help="images in one call of a certifier (25)")
+    parser.add_argument("--eps", default="0.1,0.3", metavar="E,...", help="of 0.1 and 0.3 (both)")
+    parser.add_argument("--dear", default="alpha_crown,branch_and_bound", metavar="NAME,...", help="of these (both)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    sound = [_rows(eps, args.images, args.seconds, args.batch) for eps in TRAINED_AT]
+    complete = BranchAndBound(seconds=args.seconds)
+    dear = [method for method in (AlphaCrown(), complete) if method.kind in args.dear.split(",")]
+    sound = [_rows(float(eps), args.images, dear, args.batch) for eps in args.eps.split(",")]
     raise SystemExit(0 if all(sound) else 1)
 
 
@@ -79,7 +84,7 @@ def net(eps: float) -> nn.Module:
     return fold(checkpoint.load(folder / checkpoint.ARCH, folder / checkpoint.WEIGHTS).net.eval())
 
 
-def _rows(eps: float, images: int, seconds: float, batch: int) -> bool:
+def _rows(eps: float, images: int, dear: Sequence[Certifier], batch: int) -> bool:
     test, threat = data().test, Threat(norm="linf", eps=eps)
     x, y = test.floats(slice(0, images)), test.labels[:images]
     with frozen(net(eps)) as model:
@@ -100,7 +105,6 @@ def _rows(eps: float, images: int, seconds: float, batch: int) -> bool:
         by_crown = chain[-1][1]
         asked = right & ~by_crown
         asked[by_crown.nonzero().flatten()[:_AGAIN]] = True
-        dear: tuple[Certifier, ...] = (AlphaCrown(), BranchAndBound(seconds=seconds))
         for method in dear:
             proved, spent = _proved(model, x, y, asked, threat, method, batch)
             _print(method.kind, proved | (by_crown & ~asked), spent, int(asked.sum()))

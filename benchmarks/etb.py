@@ -1,6 +1,6 @@
 """Expected tight bounds (ETB) beside interval bounds (IBP): how much narrower they are, and how often they are wrong.
 
-    TEMPER_DATA=../shared/data OMP_NUM_THREADS=1 python -m benchmarks.etb --images 100
+    TEMPER_DATA=../shared/data OMP_NUM_THREADS=1 python -m benchmarks.etb --images 50 --blocks 5
 
 The plainly trained network of `attack_nets` and the two of `certified_mnist`, the first MNIST test images, all nine
 leads z_y - z_k of each. The range that is known to be reached comes from random corners, random points and sign
@@ -24,7 +24,8 @@ from stages.nn.fold import fold
 from stages.seeding import generator
 from stages.threat import Threat
 
-_STEPS, _RANDOM, _BATCH = 30, 200, 50
+_STEPS, _RANDOM, _BATCH = 10, 100, 50
+_NETS = ("plain", "certified_0.1", "certified_0.3")
 _HEAD = (
     "net", "eps", "form", "IBP / ETB", "CROWN / ETB", "ETB / reached", "leads that leave it", "images with one",
     "images called robust", "of these broken", "proved by CROWN", "ETB s", "IBP s",
@@ -35,21 +36,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=100, help="the first N test images (100)")
     parser.add_argument("--blocks", type=int, default=10, help="of these for the block-wise form, which is slow (10)")
+    parser.add_argument("--nets", default=",".join(_NETS), metavar="NAME,...", help=f"of {', '.join(_NETS)} (all)")
+    parser.add_argument("--eps", default="0.02,0.1", metavar="E,...", help="radii (0.02,0.1)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     test = certified_mnist.data().test
     x, y = test.floats(slice(0, args.images)), test.labels[: args.images]
-    nets = {
-        "plain": fold(attack_nets.net("plain")),
-        **{f"certified, {e:g}": certified_mnist.net(e) for e in (0.1, 0.3)},
-    }
     print("| " + " | ".join(_HEAD) + " |\n" + "| --- " * len(_HEAD) + "|")
-    for name, net in nets.items():
-        with frozen(net) as model:
+    for name in args.nets.split(","):
+        with frozen(_net(name)) as model:
             right = model(x).argmax(1) == y
-            for eps in (0.02, 0.1, 0.3):
+            for eps in map(float, args.eps.split(",")):
                 _row(name, model, x[right], y[right], eps, ETB())
                 _row(name, model, x[right][: args.blocks], y[right][: args.blocks], eps, ETB(form="blocks"))
+
+
+def _net(name: str) -> nn.Module:
+    kind, _, eps = name.partition("_")
+    return certified_mnist.net(float(eps)) if eps else fold(attack_nets.net(kind))
 
 
 def _row(name: str, net: nn.Module, x: Tensor, y: Tensor, eps: float, method: ETB) -> None:
@@ -116,7 +120,7 @@ def _reached(net: nn.Module, box: Box, rows: Tensor) -> tuple[Tensor, Tensor]:
                 point = point.detach().requires_grad_()
                 with torch.enable_grad():
                     (slope,) = torch.autograd.grad(torch.einsum("bk,bk->", rows[:, r], net(point)), point)
-                size = span * (0.5 if step < 3 else 0.1)
+                size = span * (0.5 if step < 3 else 0.15)
                 point = (point.detach() + sign * size * slope.sign()).clamp(box.low, box.high)
                 met(point)
     return least, most
