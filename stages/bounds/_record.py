@@ -5,7 +5,7 @@ same and more, and takes ten times as long, most of it to load a compiler.
 """
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -256,7 +256,15 @@ def _plainer(func: Any, args: Any) -> tuple[Any, Any]:
         return _aten.zeros.default, args
     if func is _aten.native_batch_norm.default and not args[5]:
         return _aten._native_batch_norm_legit_no_training.default, (*args[:5], *args[6:8])
+    if func is _aten.as_strided.default and _lies_so(*args):  # how pooling to one pixel stays channels-last
+        return _aten.alias.default, args[:1]
     return func, args
+
+
+def _lies_so(value: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> bool:
+    """Whether `as_strided` changes nothing but strides over dimensions of one entry."""
+    laid = zip(value.shape, value.stride(), stride, strict=True)
+    return list(value.shape) == list(size) and not offset and all(n == 1 or a == b for n, a, b in laid)
 
 
 def _callable(func: Any) -> Callable[..., Any]:

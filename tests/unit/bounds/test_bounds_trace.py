@@ -118,3 +118,12 @@ def test_what_depends_on_values_or_on_the_count_of_images_is_refused(way: Callab
 def test_bounds_speak_of_one_image_and_of_no_dice(way: Callable[[Net, Tensor], Tensor], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         trace(Net(way).eval(), torch.rand(2, 6))
+
+
+def test_how_a_network_lies_in_memory_changes_nothing() -> None:
+    """Pooling to one pixel ends in `as_strided` where the network is channels-last."""
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    net.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.rand(4, 2, 7, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(replayed(net, x), net(x))
