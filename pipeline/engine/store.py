@@ -65,7 +65,7 @@ class Store:
         with self._gate() as gate:
             nobody_else = _try(gate, fcntl.LOCK_EX)
             if nobody_else:
-                for spare in (*self.root.glob("tmp/*"), *self.root.glob("outcomes/.tmp-*")):
+                for spare in (*self.root.glob("tmp/*"), *self.root.glob("outcomes/.tmp-*"), *self._outlived()):
                     remove(spare)
             fcntl.flock(gate, fcntl.LOCK_SH)
             yield nobody_else
@@ -140,6 +140,10 @@ class Store:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def _outlived(self) -> list[Path]:
+        """Scratches of outcomes that are kept: whoever kept them died before the scratch was removed."""
+        return [path for path in self.root.glob("scratch/*") if self.find(path.name) is not None]
 
     def blob(self, found: str) -> Path:
         return self.root / "blobs" / found[:2] / found

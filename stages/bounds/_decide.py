@@ -195,7 +195,10 @@ class _Search:
             here = found[domain.image, domain.row]
             found[domain.image, domain.row] = min(float(here), domain.bound)
         searched = torch.isfinite(found)
-        return torch.where(searched, torch.maximum(found, self.lower), self.lower)
+        lower = torch.where(searched, torch.maximum(found, self.lower), self.lower)
+        if bool((self.broken & (lower > self.goal)).any()):
+            raise RuntimeError("branch and bound: a row is refuted by a point and proved; one of the bounds is wrong")
+        return lower
 
     def _push(self, domain: _Domain) -> None:
         self.count += 1

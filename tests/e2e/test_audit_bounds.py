@@ -81,7 +81,7 @@ def test_memory_too_small_for_one_image_is_bad_input(audit: Audit, tmp_path: Pat
     given = ("--limit", 3, "--attack", "fgsm", "--certify", "crown", "--certify-memory", "1e-9", "--json", "o.json")
     status, _, problem = audit(file(tmp_path / "m.onnx"), *DIGITS, *given)
     assert status == 2
-    assert "memory: 1e-09 GiB hold no row of coefficients for 1 images, which takes" in problem
+    assert "memory: 1e-09 GiB hold no row of coefficients for one image, which takes" in problem
     assert not (tmp_path / "o.json").exists()
 
 

@@ -65,6 +65,18 @@ def test_blobs_are_read_only_sharded_and_scratch_is_gone_once_kept(tmp_path: Pat
     assert not list((tmp_path / "tmp").iterdir())
 
 
+def test_a_scratch_that_outlived_its_outcome_is_swept_and_half_done_work_is_not(tmp_path: Path) -> None:
+    """Whoever kept the outcome was killed before the scratch was removed; somebody else was killed at work."""
+    store = Store(tmp_path)
+    with store.shared():
+        keep(store, KEY, {"a": b"alpha"})
+        (store.scratch(KEY) / "state").touch()
+        (store.scratch("beef") / "state").touch()
+    with store.shared() as nobody_else:
+        assert nobody_else
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["beef"]
+
+
 def test_a_file_passed_through_is_the_same_blob(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with store.shared():
