@@ -15,7 +15,8 @@ _DEEP = 4
 def choose(net: nn.Module, config: Fit) -> Mode:
     """What `precision` means for this network on this kind of processor; nothing is timed, so it never varies.
 
-    "auto" leaves perceptrons and transformers as they are. Convolutional networks get channels-last memory, and, if
+    "auto" leaves perceptrons and transformers as they are, and so networks with a strided 1x1 convolution of fewer than
+    8 channels: in channels-last float32 its weight gradient writes past its memory (torch 2.13, CPU). Convolutional networks get channels-last memory, and, if
     they have four or more convolutions with at least 16 input channels each (a ResNet has, `small_cnn` has not), bf16
     where the processor computes in it: with AVX-512 bfloat16 instructions, or on a GPU that has them. Elsewhere bf16
     is emulated and 5 to 10 times slower than float32. `docs/` and `benchmarks/` hold the numbers.
@@ -27,8 +28,14 @@ def choose(net: nn.Module, config: Fit) -> Mode:
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     if not convolutions or any(isinstance(module, nn.MultiheadAttention) for module in net.modules()):
         return "fp32"
+    if any(_overruns(module) for module in convolutions):
+        return "fp32"
     deep = sum(module.in_channels >= 16 for module in convolutions) >= _DEEP
     return "bf16 channels-last" if deep and native(next(net.parameters()).device) else "fp32 channels-last"
+
+
+def _overruns(module: nn.Conv2d) -> bool:
+    return module.kernel_size == (1, 1) and max(module.stride) > 1 and module.in_channels < 8
 
 
 def native(device: torch.device) -> bool:

@@ -48,6 +48,13 @@ def test_attention_stays_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(nn.Sequential(*convolutions, nn.MultiheadAttention(8, 2)), Fit()) == "fp32"
 
 
+def test_a_convolution_that_channels_last_memory_breaks_keeps_its_layout() -> None:
+    """Its weight gradient ends the process, so a small network with such a shortcut trains in plain float32."""
+    narrow = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 1, stride=2))
+    assert choose(narrow, Fit()) == "fp32"
+    assert choose(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, stride=2)), Fit()) == "fp32 channels-last"
+
+
 @pytest.mark.parametrize("mode", ["fp32", "fp32 channels-last", "bf16 channels-last"])
 def test_every_mode_computes_the_same_network(mode: precision.Mode) -> None:
     net = _net("wrn", (3, 16, 16), **WRN)
