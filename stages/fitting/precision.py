@@ -16,10 +16,11 @@ def choose(net: nn.Module, config: Fit) -> Mode:
     """What `precision` means for this network on this kind of processor; nothing is timed, so it never varies.
 
     "auto" leaves perceptrons and transformers as they are, and so networks with a strided 1x1 convolution of fewer than
-    8 channels: in channels-last float32 its weight gradient writes past its memory (torch 2.13, CPU). Convolutional networks get channels-last memory, and, if
-    they have four or more convolutions with at least 16 input channels each (a ResNet has, `small_cnn` has not), bf16
-    where the processor computes in it: with AVX-512 bfloat16 instructions, or on a GPU that has them. Elsewhere bf16
-    is emulated and 5 to 10 times slower than float32. `docs/` and `benchmarks/` hold the numbers.
+    8 channels: in channels-last float32 its weight gradient writes past its memory (torch 2.13, CPU). Other
+    convolutional networks get channels-last memory, and, if they have four or more convolutions with at least 16 input
+    channels each (a ResNet has, `small_cnn` has not), bf16 where the processor computes in it: with AVX-512 bfloat16
+    instructions, or on a GPU that has them. Elsewhere bf16 is emulated and 5 to 10 times slower than float32. `docs/`
+    and `benchmarks/` hold the numbers.
     """
     if config.precision == "fp32":
         return "fp32"
