@@ -22,7 +22,8 @@ class Cases:
     """Case c is one conjunction of one region: it is met at y where rows @ y <= bounds[c] in every entry.
 
     `inner_low`, `inner_high` float32 [G, n]: the float32 points of each region's box, where there are any; else the
-    nearest to it. `low`, `high` float32 [G, n]: the smallest float32 box that holds the region's box and the inner one.
+    nearest to it. `barren` bool [G]: an interval without a float32 has an open side, so that no point is near enough.
+    `low`, `high` float32 [G, n]: the smallest float32 box that holds the region's box and the inner one.
     `rows` float64 [U, K], exact. `bounds` float64 [C, U], rounded up, infinite where a case does not ask for the row.
     `region` int64 [C].
     """
@@ -30,6 +31,7 @@ class Cases:
     spec: Spec
     inner_low: Tensor
     inner_high: Tensor
+    barren: Tensor
     low: Tensor
     high: Tensor
     rows: Tensor
@@ -46,7 +48,7 @@ class Cases:
         inner = [_inner(region) for region in spec.regions]
         outer = [
             (_outward(region.low, -1, low), _outward(region.high, 1, high))
-            for region, (low, high) in zip(spec.regions, inner, strict=True)
+            for region, (low, high, _) in zip(spec.regions, inner, strict=True)
         ]
         conjunctions = [(g, rows) for g, region in enumerate(spec.regions) for rows in region.unsafe]
         weights: dict[tuple[int, ...], int] = {}
@@ -63,8 +65,9 @@ class Cases:
                 bounds[c, u] = bound
         return Cases(
             spec=spec,
-            inner_low=_stack([low for low, _ in inner]),
-            inner_high=_stack([high for _, high in inner]),
+            inner_low=_stack([low for low, _, _ in inner]),
+            inner_high=_stack([high for _, high, _ in inner]),
+            barren=torch.tensor([barren for _, _, barren in inner]),
             low=_stack([low for low, _ in outer]),
             high=_stack([high for _, high in outer]),
             rows=torch.tensor([list(vector) for vector in weights] or [[0] * classes], dtype=torch.float64),
@@ -81,15 +84,17 @@ class Cases:
         )
 
     def _inside(self, g: int, x: Array) -> bool:
-        return bool((self.inner_low[g].numpy() <= x).all() and (x <= self.inner_high[g].numpy()).all())
+        low, high = self.inner_low[g].numpy(), self.inner_high[g].numpy()
+        return not self.barren[g] and bool((low <= x).all() and (x <= high).all())
 
 
 def _stack(parts: list[Array]) -> Tensor:
     return torch.from_numpy(np.stack(parts))
 
 
-def _inner(region: Region) -> tuple[Array, Array]:
-    """The float32 points inside each interval; the nearest float32 where an interval is too narrow to hold one."""
+def _inner(region: Region) -> tuple[Array, Array, bool]:
+    """The float32 points inside each interval; the nearest float32 where an interval is too narrow to hold one, and
+    whether one of those has an open side: that says plainly that a point beside it does not count."""
     low, high = _toward(region.low, 1), _toward(region.high, -1)
     for i, is_high in region.open_sides:
         ends, exact = (high, region.high) if is_high else (low, region.low)
@@ -97,7 +102,8 @@ def _inner(region: Region) -> tuple[Array, Array]:
             ends[i] = np.nextafter(ends[i], np.float32(-np.inf if is_high else np.inf))
     middle = _nearest([(a + b) / 2 for a, b in zip(region.low, region.high, strict=True)])
     none = low > high
-    return np.where(none, middle, low), np.where(none, middle, high)
+    barren = any(none[i] for i, _ in region.open_sides)
+    return np.where(none, middle, low), np.where(none, middle, high), barren
 
 
 def _nearest(values: Sequence[Fraction]) -> Array:

@@ -52,6 +52,16 @@ def test_an_open_side_has_no_end_point() -> None:
     assert float(found.inner_low) == 0
 
 
+@pytest.mark.parametrize("open_sides", [{(0, False), (0, True)}, {(0, False)}, {(0, True)}])
+@pytest.mark.parametrize("low", [F(1, 2), F(1, 2) + F(1, 10**9)])
+def test_an_open_interval_without_a_float32_has_no_witness(low: Fraction, open_sides: set[tuple[int, bool]]) -> None:
+    region = Region((low,), (F(1, 2) + F(1, 10**8),), ((ROW,),), frozenset(open_sides))
+    held = low == F(1, 2) and open_sides == {(0, True)}  # 1/2 itself is inside then
+    found = Cases.of(Spec(1, 2, (region,)), 2)
+    assert found.witnessed(np.array([0.5], np.float32), np.zeros(2, np.float32)) is held
+    assert found.low <= 0.5 < float(low + F(1, 10**9)) < found.high
+
+
 def test_rows_become_whole_numbers_and_bounds_are_rounded_up() -> None:
     found = cases(F(0), F(1), Row(((0, F(1, 10)), (1, F(-3, 10))), F(1, 30)))
     assert found.rows.tolist() == [[1.0, -3.0]]
