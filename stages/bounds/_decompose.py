@@ -60,11 +60,22 @@ def _prelu(x: Tensor, weight: Tensor) -> Tensor:
     return x.relu() - weight * (-x).relu()
 
 
+def _clamp(x: Tensor, *ends: Tensor | None, **named: Tensor | None) -> Tensor:
+    """Between ends that may depend on the image: two operations of two values each."""
+    low, high = (*ends, None, None)[:2]
+    low, high = named.get("min", low), named.get("max", high)
+    x = x if low is None else torch.maximum(x, low)
+    return x if high is None else torch.minimum(x, high)
+
+
 RULES: Mapping[Any, Callable[..., Any]] = {
     _aten.var.correction: _variance,
     _aten.std.correction: lambda *args, **kwargs: _variance(*args, **kwargs).sqrt(),
     _aten.linalg_vector_norm.default: _norm,
     _aten.native_group_norm.default: _group_norm,
     _aten._native_batch_norm_legit.no_stats: _instance_norm,
+    _aten.clamp.Tensor: _clamp,
+    _aten.clamp_min.Tensor: torch.maximum,
+    _aten.clamp_max.Tensor: torch.minimum,
     _aten._prelu_kernel.default: _prelu,
 }

@@ -210,8 +210,8 @@ def _lines(op: Op, values: dict[str, Any], kind: torch.dtype) -> Lines | None:
     if op.kind == "div" and isinstance(args[1], Interval):
         return quotient(op, args[0], args[1], kind) if two else None
     known = _known(op, args, kwargs)
-    if known is None:
-        return None
+    if known is None or len({arg for arg, value in zip(op.args, args, strict=True) if isinstance(value, Interval)}) > 1:
+        return None  # a curve is a function of one value
     x = next(arg for arg in args if isinstance(arg, Interval))
     return curve(op, known, x, args, kwargs, kind)
 
