@@ -41,7 +41,7 @@ _MONOTONE = frozenset(
     }
     | {"amax", "amin", "sign"}
 )
-_SMOOTH = frozenset({"sigmoid", "tanh", "exp", "erf", "hardsigmoid", "elu", "leaky_relu", "softplus"})
+_SMOOTH = frozenset({"sigmoid", "tanh", "exp", "erf", "hardsigmoid", "elu", "leaky_relu"})
 _ALLOWED_COPIES = (None, torch.float32, torch.float64)
 
 
@@ -259,6 +259,8 @@ def _square(x: Interval, rounding: Rounding) -> Interval:
 def _round(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
     """Monotone and exact. Before it a step of 2^-10, for kernels that fold zero points into their sums: they lose units
     of the largest code, 255, where the operations of the trace lose units of the value."""
+    if kwargs.get("decimals"):
+        raise unsupported(op, "to decimals")
     reach = FOLDED if rounding.unit else 0.0
     return Interval(op.target(args[0].low - reach, **kwargs), op.target(args[0].high + reach, **kwargs))
 
@@ -351,6 +353,21 @@ def _dip(exact: float, tanh: float | None = None) -> Callable[..., Interval]:
     return rule
 
 
+def _softplus(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
+    """log(1 + exp(beta x)) / beta, and x itself where beta x > threshold: there it falls by log(1 + exp(-threshold)) /
+    beta, at either side of that place where the test is rounded."""
+    x: Interval = args[0]
+    beta, threshold = (*(float(v) for v in args[1:]), *(1.0, 20.0)[len(args) - 1 :])
+    if beta <= 0 or threshold < 0:
+        raise unsupported(op, "with a negative beta or threshold")
+    low, high = (op.target(end, *args[1:], **kwargs) for end in (x.low, x.high))
+    near = threshold / beta * (1 - 2.0**-20), threshold / beta * (1 + 2.0**-20)
+    there = (x.low <= near[1]) & (x.high >= near[0])
+    low = torch.where(there, low.clamp(max=near[0]), low)
+    high = torch.where(there, high.clamp(min=near[1] + math.exp(-threshold) / beta), high)
+    return rounding.elementary(low, high, torch.maximum(low.abs(), high.abs()))
+
+
 # Where SiLU and GELU are lowest, to 1e-12; the values there are flat, so the error in the value is far below 1e-20.
 _RULES: dict[str, Callable[[Op, tuple[Any, ...], dict[str, Any], Rounding], Any]] = {
     "add": _sum,
@@ -361,6 +378,7 @@ _RULES: dict[str, Callable[[Op, tuple[Any, ...], dict[str, Any], Rounding], Any]
     "div": _div,
     "reciprocal": _reciprocal,
     "round": _round,
+    "softplus": _softplus,
     "pow": _pow,
     "sqrt": _root,
     "rsqrt": _root,

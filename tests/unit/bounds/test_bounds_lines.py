@@ -45,6 +45,7 @@ ROUGH: dict[str, Callable[[Tensor], Tensor]] = {
     "matrices": lambda x: x @ x.transpose(1, 2),
     "quotient": lambda x: x[:, 0] / (0.3 + x[:, 1].abs()),
     "negative quotient": lambda x: x[:, 0] / (-0.3 - x[:, 1].exp()),
+    "softplus, low threshold": lambda x: F.softplus(x, beta=2.0, threshold=1.0),
     "cube": lambda x: x**3,
     "fourth power": lambda x: x**4,
     "negated": lambda x: (-(2 * x)).relu() - (-x).flip(2),
