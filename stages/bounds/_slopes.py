@@ -72,7 +72,7 @@ def ascend(
     betas = {key: torch.zeros_like(sign, dtype=chain.kind) for key, sign in signs.items()}
     betas = {key: (start or {}).get(key, beta).detach().clone().requires_grad_() for key, beta in betas.items()}
     moving = [*alphas.values(), *betas.values()]
-    best = torch.full(slopes.shape[:2], -torch.inf, dtype=torch.float64, device=slopes.device)
+    best = torch.full((len(slopes), chain.batch), -torch.inf, dtype=torch.float64, device=slopes.device)
     watch: dict[str, Tensor] = {}
     climb = _Adam(moving)
     for step in range(steps + 1):
@@ -82,7 +82,8 @@ def ascend(
             found = chain.bound(name, slopes, lower=alphas, push=push, watch=watch)
             total = found.sum()
         best = torch.maximum(best, found.detach())
-        if not moving or step == steps or (goal is not None and bool((best > goal).all())):
+        # Nothing moves a bound whose way does not pass by what is free.
+        if not total.requires_grad or step == steps or (goal is not None and bool((best > goal).all())):
             break
         climb.step(torch.autograd.grad(total, moving, allow_unused=True, materialize_grads=True), rate * 0.97**step)
         with torch.no_grad():

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from stages.bounds.alpha_crown import AlphaCrown
-from stages.bounds.base import Box
+from stages.bounds.base import Box, Certifier
+from stages.bounds.branch_and_bound import BranchAndBound
 from stages.bounds.crown import Crown
 from stages.seeding import generator
 
@@ -23,6 +24,47 @@ def test_residual_of_the_notes_is_exact_at_slope_one_half() -> None:
     found = AlphaCrown(arithmetic="real", steps=60).lower(Residual().eval(), Box(x - 1, x + 1), rows)
     assert found[0].tolist() == pytest.approx([0.0, -0.5], abs=2e-2)
     assert float(found[0, 0]) <= 0
+
+
+class Beside(nn.Module):
+    """Two ReLUs of which neither comes before the other, and one after both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.after = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = [self.one(x).relu(), self.two(x.tanh()).relu()]
+        found: Tensor = self.after(torch.cat(both, 1)).relu()
+        return found
+
+
+class Turned(nn.Module):
+    """The batch comes second: [S, B, D]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(2, 2), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.inner(x.view(-1, 3, 2).transpose(0, 1)).relu()
+        found: Tensor = self.outer(self.inner(inner).relu().mean(0))
+        return found
+
+
+@pytest.mark.parametrize("certifier", [AlphaCrown(steps=3, box_steps=2), BranchAndBound(seconds=0.2, limit=9)])
+@pytest.mark.parametrize(("net", "width"), [(Beside(), 4), (Turned(), 6)])
+def test_relus_side_by_side_and_a_batch_in_the_second_place(certifier: Certifier, net: nn.Module, width: int) -> None:
+    rng = generator(0, "beside")
+    with torch.no_grad():
+        for value in net.parameters():
+            value.copy_(torch.randn(value.shape, generator=rng))
+        x, rows = torch.rand(2, width, generator=rng), torch.randn(2, 2, 3, generator=rng)
+        found = certifier.lower(net.eval(), Box(x - 0.5, x + 0.5), rows)
+        assert bool((found >= Crown().lower(net, Box(x - 0.5, x + 0.5), rows) - 1e-5).all())
+        for _ in range(50):
+            point = x - 0.5 + torch.rand(x.shape, generator=rng)
+            assert bool((found <= torch.einsum("brk,bk->br", rows, net(point)) + 1e-5).all())
 
 
 def mlp(seed: int, *widths: int) -> nn.Sequential:
