@@ -11,7 +11,6 @@ so the backward pass only transposes and sums intercepts. Sums over a value are 
 Values of images and the coefficients of their entries are channels-last (`_layout`).
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +22,6 @@ from stages.bounds._ball import Ends
 from stages.bounds._interval import DOUBLE, SINGLE, TINY, Interval, Rounding, gamma, low_ends, outward
 from stages.bounds._trace import Op, Trace, fill, trace
 from stages.bounds.base import Box
-from stages.method import InputError
 
 _BLOCK = 128
 _EXACT = frozenset({"relu", "hardtanh", "clamp", "clamp_min", "clamp_max", "abs", "maximum", "minimum", "amax", "amin"})
@@ -166,31 +164,18 @@ class Chain:
 
     def flat(self, name: str, value: Tensor) -> Tensor:
         """[..., B, n] from [..., *shape]: the entries of every example, in order."""
-        shape = self.shape(name)
-        lead = value.shape[: value.dim() - len(shape)]
-        inner = self._stride(name)
-        outer = math.prod(shape) // (self.batch * inner)
-        value = value.reshape(*lead, outer, self.batch, inner)
-        return value.transpose(-3, -2).reshape(*lead, self.batch, outer * inner)
+        return _layout.by_image(value, len(self.shape(name)), self.batch, self.graph.stride(name))
 
     def unflat(self, name: str, value: Tensor) -> Tensor:
         """The inverse of `flat`."""
-        shape, lead, inner = self.shape(name), value.shape[:-2], self._stride(name)
-        value = value.reshape(*lead, self.batch, value.shape[-1] // inner, inner).transpose(-3, -2)
         box = self.values[name]
-        return _layout.alike(value.reshape(*lead, *shape), (box[0] if isinstance(box, tuple) else box).low)
+        laid = _layout.from_images(value, self.shape(name), self.graph.stride(name))
+        return _layout.alike(laid, (box[0] if isinstance(box, tuple) else box).low)
 
     def shape(self, name: str) -> torch.Size:
         value = self.values[name]
         first: Interval = value[0] if isinstance(value, tuple) else value
         return first.low.shape
-
-    def _stride(self, name: str) -> int:
-        if name not in self.graph.strides:
-            raise InputError(
-                f'bounds: cannot tell which entries of "{name}" belong to which image; is the batch mixed?'
-            )
-        return self.graph.strides[name]
 
     def _cast(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -225,7 +210,7 @@ class Chain:
 
     def _entries(self, name: str, terms: Tensor) -> Tensor:
         """`flat` in whatever order, so that channels-last terms need no copy."""
-        if terms.dim() == 5 and self._stride(name) == terms[0, 0].numel():
+        if terms.dim() == 5 and self.graph.stride(name) == terms[0, 0].numel():
             terms = terms.permute(0, 1, 3, 4, 2)
             return terms.reshape(*terms.shape[:2], -1)
         return self.flat(name, terms)

@@ -78,6 +78,8 @@ class Bands:
 
     def follow(self, op: Op) -> None:
         """The band of the operation's result; bands that nobody reads any more are dropped."""
+        if not op.counts and self.chain.graph.stride(op.result) != math.prod(self.chain.shape(op.result)[1:]):
+            raise _moves(op)
         args, kwargs = fill(op.args, {**self.chain.values, **self.held}), fill(dict(op.kwargs), self.chain.values)
         if op.counts:
             self.held[op.result] = op.target(*_each(args, lambda band: _flat(band.middle)), **kwargs)
@@ -192,8 +194,12 @@ class Bands:
 
     def _tall(self, op: Op, columns: Tensor) -> Tensor:
         if self.chain.graph.strides.get(op.result) != math.prod(columns.shape[1:]):
-            raise InputError(f'forward bounds: "{op.kind}" moves the batch; use other bounds')
+            raise _moves(op)
         return columns.reshape(-1, self.columns, *columns.shape[1:])
+
+
+def _moves(op: Op) -> InputError:
+    return InputError(f'forward bounds: "{op.kind}" moves the batch; use other bounds')
 
 
 def _flat(columns: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Order in memory: images channels-last, where a processor's convolutions are quickest; and pages that stay."""
 
+import math
 from typing import Any
 
 import torch
@@ -30,6 +31,23 @@ def alike(value: Tensor, pattern: Tensor) -> Tensor:
         return value
     laid: Tensor = last(value.flatten(0, -4)).view(value.shape)
     return laid
+
+
+def by_image(value: Tensor, dims: int, batch: int, stride: int) -> Tensor:
+    """[..., B, n] from [..., *shape], `shape` of `dims` dimensions: every image's entries, in order.
+
+    `stride` says where they lie (`Trace.strides`): the batch need not come first.
+    """
+    lead, shape = value.shape[: value.dim() - dims], value.shape[value.dim() - dims :]
+    outer = math.prod(shape) // (batch * stride)
+    value = value.reshape(*lead, outer, batch, stride)
+    return value.transpose(-3, -2).reshape(*lead, batch, outer * stride)
+
+
+def from_images(value: Tensor, shape: torch.Size, stride: int) -> Tensor:
+    """The inverse of `by_image`."""
+    *lead, batch, entries = value.shape
+    return value.reshape(*lead, batch, entries // stride, stride).transpose(-3, -2).reshape(*lead, *shape)
 
 
 def keep_pages() -> None:

@@ -188,8 +188,10 @@ def _over(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
 
 def _average(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
     x = args[0].low
-    # No window holds more than the whole image, and no mean or sum more than the whole example.
-    whole = x[0].numel() if op.kind in {"mean", "sum"} else x.shape[-1] * x.shape[-2]
+    # No window holds more than the whole image. A mean or sum may be over places that come before the batch.
+    dims = (args[1] if len(args) > 1 else None) or range(x.dim())
+    sums = op.kind in {"mean", "sum"}
+    whole = math.prod(x.shape[dim] for dim in dims) if sums else x.shape[-1] * x.shape[-2]
     window = math.prod(args[1]) if op.kind == "avg_pool2d" else whole
     return Parts(lambda r: op.target(r, *args[1:], **kwargs), 0.0, min(window, whole) + 1)
 

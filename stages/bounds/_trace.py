@@ -44,6 +44,14 @@ class Trace:
     masks: frozenset[str]
     entries: Mapping[str, int]
 
+    def stride(self, name: str) -> int:
+        """Raises `InputError` where it is not known which of a value's entries belong to which image."""
+        if name not in self.strides:
+            raise InputError(
+                f'bounds: cannot tell which entries of "{name}" belong to which image; is the batch mixed?'
+            )
+        return self.strides[name]
+
     def constants(self, net: nn.Module) -> dict[str, Any]:
         """Every value that does not depend on the images, computed in the precision that the network computes it in."""
         values: dict[str, Any] = dict(self.literals)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from stages.bounds import _layout
 from stages.bounds._interval import Interval, Rounding
 from stages.bounds._ops import unsupported
 from stages.bounds._trace import Op, Trace, fill, trace
@@ -41,12 +42,15 @@ class ETB(Estimator):
         ops = [op for op in graph.ops if op.result in graph.moving]
         with torch.no_grad():
             fixed = {k: v.double() if _floats(v) else v for k, v in graph.constants(net).items()}
-        at = _At(graph.input, Interval(box.low.double(), box.high.double()), {}, box.ball)
+        start = Interval(box.low.double(), box.high.double())
+        at = _At(graph.input, start, {}, len(rows), graph.stride(graph.input), box.ball)
         for cut in _cuts(graph, ops) if self.form == "blocks" else ():
             centre, block, counts = _linear(graph, ops, fixed, at, cut.reads()[0])
-            reach = _reach(block.flatten(1), centre, at).view_as(block)
+            stride = graph.stride(cut.reads()[0])
+            flat = _layout.by_image(block, block.dim(), len(rows), stride)
+            reach = _layout.from_images(_reach(flat, centre, at), block.shape, stride)
             ends = (cut.target(end) for end in (block.detach() - reach, block.detach() + reach))
-            at = _At(cut.result, Interval(*ends), counts)
+            at = _At(cut.result, Interval(*ends), counts, len(rows), graph.stride(cut.result))
             ops = ops[ops.index(cut) + 1 :]
         centre, logits, _ = _linear(graph, ops, fixed, at, graph.output)
         with torch.enable_grad():
@@ -57,11 +61,14 @@ class ETB(Estimator):
 
 @dataclass(frozen=True, slots=True)
 class _At:
-    """Where a block starts: the value's name, its box, and the whole numbers (batch sizes, say) known by then."""
+    """Where a block starts: the value's name, its box, the whole numbers (batch sizes, say) known by then, and how its
+    entries lie (`Trace.strides`)."""
 
     name: str
     box: Interval
     counts: Mapping[str, Any]
+    batch: int
+    stride: int
     ball: Ball | None = None
 
     def centre(self) -> Tensor:
@@ -70,7 +77,8 @@ class _At:
     def reach(self, slope: Tensor) -> Tensor:
         """[B]: how far a function of these slopes [B, ...] gets from its value at the centre."""
         if self.ball is None:
-            return (slope.abs() * self.box.split()[1]).flatten(1).sum(1)
+            moves = slope.abs() * self.box.split()[1]
+            return _layout.by_image(moves, moves.dim(), self.batch, self.stride).sum(1)
         dual = {"l2": 2.0, "l1": float("inf")}[self.ball.norm]
         wide: Tensor = torch.linalg.vector_norm(slope.flatten(1), dual, dim=1)
         return self.ball.eps * wide

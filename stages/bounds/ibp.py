@@ -70,6 +70,10 @@ class IBP(Certifier):
             rounding = Rounding(UNITS[self.arithmetic])
             found.append(_merged(graph, tail, ends, inside, rows[here].double(), rounding))
         bound = torch.cat(found)
+        if bound.shape != rows.shape[:2]:
+            raise InputError(
+                f"ibp: expected bounds {tuple(rows.shape[:2])}, one for each row, got {tuple(bound.shape)}"
+            )
         if not bool(torch.isfinite(bound).all()):
             raise InputError("ibp: the bounds are not finite; are the weights, or does the box reach too far?")
         return _down(bound, rows.dtype)
@@ -174,7 +178,7 @@ def _merged(
     values: dict[str, Any] = {**fixed, **{name: Interval(-box.size(), box.size()) for name, box in fronts.items()}}
     at_zero: dict[str, Any] = {**fixed, **{name: torch.zeros_like(box.low) for name, box in fronts.items()}}
     # The products with rows, slopes and boxes are formed here alone, in float64.
-    shares = Rounding().share(rows.shape[2] + sum(front.low[0].numel() for front in fronts.values()))
+    shares = Rounding().share(rows.shape[2] + sum(front.low.numel() for front in fronts.values()) // len(rows))
     for op in tail.ops:
         values[op.result] = _apply(op, values, rounding)
         result = values[op.result][0] if isinstance(values[op.result], tuple) else values[op.result]
@@ -188,8 +192,8 @@ def _merged(
     offset: Tensor = at_zero[graph.output]
     bound = torch.einsum("brk,bk->br", rows, offset)
     for name, slope in _pulled(graph, tail, values, rows).items():
-        middle, radius = (part.flatten(1) for part in fronts[name].split())
-        flat = slope.flatten(2)
+        lies = fronts[name].low.dim(), len(rows), graph.stride(name)
+        flat, middle, radius = (_layout.by_image(part, *lies) for part in (slope, *fronts[name].split()))
         bound = bound + torch.einsum("rbn,bn->br", flat, middle) - torch.einsum("rbn,bn->br", flat.abs(), radius)
     return bound - shares * torch.einsum("brk,bk->br", rows.abs(), largest.size()) - TINY
 
