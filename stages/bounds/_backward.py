@@ -47,7 +47,7 @@ class Chain:
         self.batch = len(box.low)
         self._last = not _layout.trained(net)
         self.ends = Ends(box, self.kind, self._last)
-        self.values: dict[str, Any] = {name: self._cast(value) for name, value in self.graph.constants(net).items()}
+        self.values: dict[str, Any] = {name: self.cast(value) for name, value in self.graph.constants(net).items()}
         self.values[self.graph.input] = self.ends.inside
         self.offset: dict[str, Any] = {}
         self.slack: dict[str, Any] = {}
@@ -69,7 +69,7 @@ class Chain:
         """The box, and either offset and slack (linear operations) or lines (the rest), of one more operation."""
         args, kwargs = fill(op.args, self.values), fill(dict(op.kwargs), self.values)
         if op.counts:
-            self.values[op.result] = self._cast(op.target(*low_ends(args), **kwargs))
+            self.values[op.result] = self.cast(op.target(*low_ends(args), **kwargs))
             self._counts.add(op.result)
             return
         self.values[op.result] = _ops.step(op, args, kwargs, self.rounding)
@@ -177,7 +177,7 @@ class Chain:
         first: Interval = value[0] if isinstance(value, tuple) else value
         return first.low.shape
 
-    def _cast(self, value: Any) -> Any:
+    def cast(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
             value = _layout.last(value.to(self.kind), self._last)
             return value if torch.is_grad_enabled() else value.detach()

@@ -60,6 +60,11 @@ def _prelu(x: Tensor, weight: Tensor) -> Tensor:
     return x.relu() - weight * (-x).relu()
 
 
+def _log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Above 80, softplus gives its operand, and is off by less than 2e-35."""
+    return -_aten.softplus.default(-x, 1, 80), x
+
+
 def _clamp(x: Tensor, *ends: Tensor | None, **named: Tensor | None) -> Tensor:
     """Between ends that may depend on the image: two operations of two values each."""
     low, high = (*ends, None, None)[:2]
@@ -74,6 +79,7 @@ RULES: Mapping[Any, Callable[..., Any]] = {
     _aten.linalg_vector_norm.default: _norm,
     _aten.native_group_norm.default: _group_norm,
     _aten._native_batch_norm_legit.no_stats: _instance_norm,
+    _aten.log_sigmoid_forward.default: _log_sigmoid,
     _aten.clamp.Tensor: _clamp,
     _aten.clamp_min.Tensor: torch.maximum,
     _aten.clamp_max.Tensor: torch.minimum,

@@ -82,7 +82,7 @@ class Bands:
             raise _moves(op)
         args, kwargs = fill(op.args, {**self.chain.values, **self.held}), fill(dict(op.kwargs), self.chain.values)
         if op.counts:
-            self.held[op.result] = op.target(*_each(args, lambda band: _flat(band.middle)), **kwargs)
+            self.held[op.result] = self.chain.cast(op.target(*_each(args, lambda band: _flat(band.middle)), **kwargs))
         elif not self.chain.is_linear(op):
             self.held[op.result] = self._lined(op)
         elif op.kind == "getitem":

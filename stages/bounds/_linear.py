@@ -169,6 +169,12 @@ def _permute(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
     return {op.args[0].name: slopes.permute(0, *(dim + 1 for dim in back))}
 
 
+def _copy(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
+    """What was there before is lost; autograd has no derivative of the operation."""
+    value = args[1]
+    return {op.args[1].name: sum_to(slopes, value.low.shape)} if isinstance(value, Interval) else {}
+
+
 def _by_autograd(op: Op, values: dict[str, Any], slopes: Any) -> Pulled:
     names = list(dict.fromkeys(_moved(op, values)))
     zeros = {name: torch.zeros_like(values[name].low).requires_grad_() for name in names}
@@ -203,4 +209,5 @@ _RULES: dict[str, Callable[[Op, tuple[Any, ...], Tensor], Pulled]] = {
     "mul": _scale,
     "div": _over,
     "permute": _permute,
+    "copy": _copy,
 }

@@ -82,7 +82,8 @@ def curve(op: Op, known: Curve, x: Interval, args: tuple[Any, ...], kwargs: dict
     slack = excess + _ROUND * (1 + heights.abs().amax(0) + reach)
     lift = (heights - over * grid).amax(0) + slack
     drop = (heights - under * grid).amin(0) - slack
-    return Lines({_name(op): (down, up)}, drop, lift)
+    [name, *_] = (arg.name for arg, value in zip(op.args, args, strict=True) if isinstance(value, Interval))
+    return Lines({name: (down, up)}, drop, lift)
 
 
 def _touching(grid: Tensor, heights: Tensor, middle: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ def rounded(op: Op, x: Interval, kind: torch.dtype) -> Lines:
     slope = (high - low > 1).to(kind)
     half, slanted = 0.5 + FOLDED + 2 * DOUBLE * torch.maximum(x.low.abs(), x.high.abs()).double(), slope > 0
     lines = torch.where(slanted, -half, low), torch.where(slanted, half, high)
-    return Lines({_name(op): (slope, slope)}, *lines)
+    return Lines({op.args[0].name: (slope, slope)}, *lines)
 
 
 def constant(result: Interval) -> Lines:
@@ -228,10 +229,6 @@ def crossed(op: Op, values: dict[str, Any], box: Interval) -> Tensor:
     for kink in known.kinks:
         found |= (box.low < kink) & (box.high > kink)
     return found
-
-
-def _name(op: Op) -> str:
-    return op.reads()[0]
 
 
 def _known(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Curve | None:

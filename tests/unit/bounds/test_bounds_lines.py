@@ -11,7 +11,10 @@ from torch.nn import functional as F
 from stages.bounds import _sweep
 from stages.bounds._backward import Chain
 from stages.bounds._forward import Bands
-from stages.bounds.base import Box
+from stages.bounds.base import Box, Certifier
+from stages.bounds.crown import Crown
+from stages.bounds.crown_forward import CrownForward
+from stages.bounds.ibp import IBP
 from stages.seeding import generator
 
 SHAPE = (3, 2, 6)
@@ -46,6 +49,8 @@ ROUGH: dict[str, Callable[[Tensor], Tensor]] = {
     "quotient": lambda x: x[:, 0] / (0.3 + x[:, 1].abs()),
     "negative quotient": lambda x: x[:, 0] / (-0.3 - x[:, 1].exp()),
     "softplus, low threshold": lambda x: F.softplus(x, beta=2.0, threshold=1.0),
+    "log_sigmoid": lambda x: F.logsigmoid(30 * x),
+    "minimum with a constant before it": lambda x: torch.minimum(torch.full((1,), 0.3).to(x), x),
     "cube": lambda x: x**3,
     "fourth power": lambda x: x**4,
     "negated": lambda x: (-(2 * x)).relu() - (-x).flip(2),
@@ -148,6 +153,32 @@ def test_lines_of_a_smooth_function_are_off_by_the_square_of_the_radius(name: st
     assert wide < 0.05
 
 
+@pytest.mark.parametrize("name", ["circular", "written over", "class token"])
+@pytest.mark.parametrize("certifier", [IBP(), Crown(), CrownForward()])
+def test_what_moves_entries_leaves_an_affine_network_its_exact_bounds(name: str, certifier: Certifier) -> None:
+    rng = generator(4, name)
+    moved = Single(MOVED[name])
+    width = moved(torch.zeros(1, *SHAPE[1:])).numel()
+    net = nn.Sequential(moved, nn.Flatten(), nn.Linear(width, 3)).eval()
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=rng))
+    x, rows = torch.randn(SHAPE, generator=rng), torch.randn(SHAPE[0], 2, 3, generator=rng)
+    x.requires_grad_()
+    value = torch.einsum("brk,bk->rb", rows, net(x))
+    slopes = torch.stack([torch.autograd.grad(value[r].sum(), x, retain_graph=True)[0] for r in range(2)])
+    with torch.no_grad():
+        found = certifier.lower(net, Box(x - 0.1, x + 0.1), rows)
+    assert torch.allclose(found.T, value - 0.1 * slopes.abs().flatten(2).sum(2), atol=2e-3)
+
+
+def written_over(x: Tensor) -> Tensor:
+    found = 2 * x
+    found[:, 0] = x[:, 1]
+    found[:, 1, :2] = 3.0
+    return found
+
+
 MOVED: dict[str, Callable[[Tensor], Tensor]] = {
     "padded": lambda x: F.pad(x, (1, 1), value=0.7),
     "class token": lambda x: torch.cat([torch.ones(1, 1, 6).to(x).expand(x.shape[0], 1, 6), x], 1),
@@ -156,6 +187,7 @@ MOVED: dict[str, Callable[[Tensor], Tensor]] = {
     "both halves": lambda x: torch.cat([x[:, :1].relu(), x[:, 1:] * x[:, :1]], 2),
     "reflected": lambda x: F.pad(x, (2, 2), mode="reflect"),
     "circular": lambda x: F.pad(x, (2, 2), mode="circular"),
+    "written over": written_over,
     "replicated": lambda x: F.pad(x, (2, 2), mode="replicate"),
 }
 
