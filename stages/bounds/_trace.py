@@ -7,10 +7,11 @@ weights: those are read from the network at every use, so a trace survives train
 
 import math
 import operator
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import FunctionType, MethodType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -69,13 +70,14 @@ def _unmasked(value: Any) -> Any:
     return value.clamp(min=MASKED) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-_kept: WeakKeyDictionary[nn.Module, tuple[Hashable, Trace]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, tuple[object, Trace]] = WeakKeyDictionary()
+_REGISTERED = {"_parameters", "_buffers", "_modules"}
 
 
 def trace(net: nn.Module, image: Tensor) -> Trace:
     """The trace of `net` for images [B, ...] of the shape and type of `image`, for any B.
 
-    Kept per network and made anew when a module, a shape or a plain attribute of a module has changed. Raises
+    Kept per network and made anew when a module, a shape, a hook or an attribute of a module has changed. Raises
     `InputError` where the network cannot be followed (control flow on pixel values, say).
     """
     state = _fingerprint(net, image)
@@ -86,14 +88,50 @@ def trace(net: nn.Module, image: Tensor) -> Trace:
     return kept[1]
 
 
-def _fingerprint(net: nn.Module, image: Tensor) -> Hashable:
-    plain = (bool, int, float, str, tuple, torch.Size, type(None))
-    modules = tuple(
-        (path, type(module), tuple((k, v) for k, v in vars(module).items() if isinstance(v, plain)).__repr__())
-        for path, module in net.named_modules()
-    )
-    shapes = tuple((name, value.shape) for name, value in net.state_dict(keep_vars=True).items())
+@dataclass(frozen=True, slots=True, eq=False)
+class _This:
+    """One object, which is not kept alive by it; what is gone equals nothing, whoever has its address now."""
+
+    ref: ReferenceType[Any]
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        found = self.ref()
+        return found is not None and isinstance(other, _This) and found is other.ref()
+
+
+def _fingerprint(net: nn.Module, image: Tensor) -> object:
+    """What a trace depends on: all but the values of parameters and buffers. Equal to another one, or not."""
+    paths = dict(net.named_modules(remove_duplicate=False))
+    known = {id(module) for module in paths.values()}
+    modules = [
+        (
+            (path, type(module), _seen(type(module).forward, known)),
+            [(name, _seen(value, known)) for name, value in vars(module).items() if name not in _REGISTERED],
+        )
+        for path, module in paths.items()
+    ]
+    state = (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False))
+    first: dict[int, str] = {}  # two names of one tensor, which the trace knows by one of them
+    shapes = [(name, value.shape, value.dtype, first.setdefault(id(value), name)) for name, value in state]
     return modules, shapes, image.shape[1:], image.dtype, image.device
+
+
+def _seen(value: Any, known: set[int]) -> object:
+    """An attribute as it is now, equal to what it was where nothing was replaced or written into."""
+    if isinstance(value, Tensor):
+        return _This(ref(value)), -1 if value.is_inference() else value._version
+    if isinstance(value, dict) and not value:  # as most places for hooks are
+        return None
+    if isinstance(value, list | tuple | dict | nn.Module):
+        if id(value) in known:
+            return "seen"
+        inner = vars(value) if isinstance(value, nn.Module) else value
+        inside = {*known, id(value)}
+        if isinstance(inner, dict):
+            return [(repr(key), _seen(part, inside)) for key, part in inner.items()]
+        return [_seen(part, inside) for part in inner]
+    return _This(ref(value)) if isinstance(value, FunctionType | MethodType) else repr(value)
 
 
 def _followed(net: nn.Module, image: Tensor) -> Trace:

@@ -127,3 +127,53 @@ def test_how_a_network_lies_in_memory_changes_nothing() -> None:
     x = torch.rand(4, 2, 7, 7)
     with torch.no_grad():
         torch.testing.assert_close(replayed(net, x), net(x))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 2)
+        self.factor = torch.tensor(1.0)
+        self.factors = [1.0]
+        self.parts = {"shift": torch.zeros(2)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x.relu()) * self.factor * self.factors[0] + self.parts["shift"]
+        return y
+
+
+def hooked(net: Scaled) -> None:
+    net.net.register_forward_hook(lambda _module, _images, result: -result)
+
+
+def reformed(net: Scaled) -> None:
+    net.forward = lambda x: -net.net(x)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: setattr(net, "factor", torch.tensor(-5.0)),
+        lambda net: net.factor.mul_(-5.0),
+        lambda net: setattr(net, "factors", [-5.0]),
+        lambda net: net.factors.__setitem__(0, -5.0),
+        lambda net: net.parts.update(shift=torch.ones(2)),
+        hooked,
+        reformed,
+    ],
+)
+def test_whatever_is_replaced_in_a_network_makes_its_trace_anew(change: Callable[[Scaled], object]) -> None:
+    net, x = Scaled().eval().requires_grad_(False), torch.rand(2, 3)
+    before = trace(net, x)
+    assert trace(net, x) is before
+    change(net)
+    assert torch.allclose(replayed(net, x), net(x))
+
+
+def test_weights_that_part_are_read_apart() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).eval().requires_grad_(False)
+    net[1].weight = net[0].weight
+    x = torch.rand(2, 3)
+    trace(net, x)
+    net[1].weight = nn.Parameter(torch.ones(3, 3), requires_grad=False)
+    assert torch.allclose(replayed(net, x), net(x))
