@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from stages.attacks.pgd import PGD
-from stages.bounds.base import Box, Certifier, TooLittleMemory, certifier, lead_rows
+from stages.bounds.base import Box, Certifier, Contradiction, TooLittleMemory, certifier, lead_rows
 from stages.evaluate import OnStep, Strike, under_attack
 from stages.finding import Finding
 from stages.method import InputError
@@ -24,7 +24,7 @@ _SHORT = PGD(steps=10, loss="margin", start="zero")
 class Proved:
     """By certifier: sound lower bounds of z_y - z_k, [N, K], +inf at k = y, -inf where it says nothing.
 
-    `findings` says of which certifier has no rule for the network: it proves nothing, which is sound.
+    `findings` says which certifier has no rule for the network, or failed on it: it proves nothing, which is sound.
     """
 
     certifiers: dict[str, Certifier]
@@ -70,7 +70,7 @@ def prove(
     memory is short. The finding "unproved" says why what is open is open.
 
     Raises `InputError` for a method that proves nothing, by whatever way it came here, and where a certifier's memory
-    does not hold a single image.
+    does not hold a single image; `Contradiction` where bounds and a point contradict each other.
     """
     for method in certifiers.values():
         certifier(method)
@@ -103,11 +103,12 @@ def prove(
                 at += len(rows)
                 on_step(name)(at, len(left))
             late[left[at:]] = True
-        except TooLittleMemory:
+        except (TooLittleMemory, Contradiction, MemoryError, torch.OutOfMemoryError):
             raise
-        except InputError as error:
+        except Exception as error:  # one that torch raises inside a certifier says no more than that it has no rule
+            reason = str(error) if isinstance(error, InputError) else _first_line(error)
             found[wrong] = float("-inf")
-            findings.append(Finding(f"covers_{name}", True, f"{name} proves nothing about this network: {error}"))
+            findings.append(Finding(f"covers_{name}", True, f"{name} proves nothing about this network: {reason}"))
         leads[name] = found
         left = left[(found[left] <= 0).any(1)]
         if refuted is not None and (claimed := int((found[refuted] > 0).all(1).sum())):
@@ -127,6 +128,10 @@ def _hurried(method: Certifier, end: float | None, images: int) -> Certifier:
     if end is None or own is None:
         return method
     return method.model_copy(update={"seconds": min(own, max(end - time.monotonic(), 1e-3) / images)})
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {''.join(str(error).strip().splitlines()[:1])}"
 
 
 def _unproved(

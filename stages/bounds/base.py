@@ -49,6 +49,10 @@ class TooLittleMemory(InputError):
     """A certifier's memory does not hold one row of coefficients for so many images; fewer at once may fit."""
 
 
+class Contradiction(RuntimeError):
+    """Bounds prove what a point refutes, so one of the two is wrong: a fault of ours, never a verdict."""
+
+
 class Bounds(Method):
     """Any method of this folder. `instead` says in a clause what one does that proves nothing about the network."""
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from stages import trial
 from stages.attacks.apgd import APGD
 from stages.attacks.pgd import PGD
-from stages.bounds.base import Box, Certifier, TooLittleMemory
+from stages.bounds.base import Box, Certifier, Contradiction, TooLittleMemory
 from stages.bounds.crown_ibp import CrownIBP
 from stages.bounds.ibp import IBP
 from stages.evaluate import OnStep, correct, frozen
@@ -258,3 +258,28 @@ def test_a_certifier_that_proves_what_the_short_attack_refuted_fails_a_finding()
         found = prove(net, x, y, 10, Threat(norm="linf", eps=0.2), {"liar": Liar()}, quiet)
     (told,) = (finding for finding in found.findings if not finding.ok)
     assert (told.name, told.text[:36]) == ("refuted_liar", "8 images that liar proved are read w")
+
+
+class Failing(Certifier):
+    error: ClassVar[BaseException] = RuntimeError()
+    cheap: ClassVar[bool] = True
+
+    def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
+        del net, box, rows
+        raise self.error
+
+
+def test_a_certifier_that_fails_on_a_network_proves_nothing_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, (x, y) = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval(), (torch.rand(2, 1, 2, 2), torch.zeros(2).long())
+    monkeypatch.setattr(Failing, "error", RuntimeError("no strides\nlong trace"))
+    found = prove(net, x, y, 3, SMALL, {"failing": Failing(), "ibp": IBP()}, quiet)
+    assert found.findings[0].name == "covers_failing"
+    assert found.findings[0].text == "failing proves nothing about this network: RuntimeError: no strides"
+    assert bool((found.margins["failing"] == -torch.inf).all())
+    assert torch.equal(found.margins["ibp"], IBP().margins(net, x, y, SMALL))
+    for error in (Contradiction(), MemoryError(), KeyboardInterrupt()):
+        monkeypatch.setattr(Failing, "error", error)
+        with pytest.raises(type(error)):
+            prove(net, x, y, 3, SMALL, {"failing": Failing()}, quiet)
