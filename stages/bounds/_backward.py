@@ -306,14 +306,15 @@ class Chain:
         fans = 4 * self.own * self.readers(op.result) * self.values[op.result].size().to(kind)
         low, high = lines.low - fans, lines.high + fans
         folded: dict[str, tuple[Tensor, Tensor]] = {}
-        size = low.abs() + high.abs()
+        size, free = low.abs() + high.abs(), torch.zeros_like(low)
         for name, (down, up) in lines.slopes.items():
             offset, slack = self.folded(name, op, kind)
             folded[name] = (offset, slack)
             low = low + down.to(kind) * offset - down.to(kind).abs() * slack
             high = high + up.to(kind) * offset + up.to(kind).abs() * slack
             size = size + offset.abs() + slack
-        floor, gap = self.ends_of_lines(low, high, size)
+            free = offset.abs() + slack if op.kind == "relu" else free  # by what a free slope may move an end
+        floor, gap = self.ends_of_lines(low, high, size, free)
 
         def pull(slopes: Tensor, lower: Tensor | None) -> tuple[_linear.Pulled, Tensor]:
             negative = slopes.clamp(max=0)
@@ -334,9 +335,11 @@ class Chain:
 
         return pull
 
-    def ends_of_lines(self, low: Tensor, high: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    def ends_of_lines(
+        self, low: Tensor, high: Tensor, size: Tensor, free: Tensor | float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Intercepts below, and how much higher those above are, moved outward by what sums with them may lose."""
-        loss = 2.1 * self.dots * (low.abs() + high.abs()) + 16 * self.own * size + TINY
+        loss = 2.1 * self.dots * (low.abs() + high.abs() + free) + 16 * self.own * size + TINY
         return (low - loss).to(self.kind), (high - low + 2 * loss).to(self.kind)
 
     def readers(self, name: str) -> int:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stages.bounds import _sweep
+from stages.bounds._backward import Chain
 from stages.bounds.alpha_crown import AlphaCrown
 from stages.bounds.base import Box, Certifier
 from stages.bounds.branch_and_bound import BranchAndBound
@@ -65,6 +67,20 @@ def test_relus_side_by_side_and_a_batch_in_the_second_place(certifier: Certifier
         for _ in range(50):
             point = x - 0.5 + torch.rand(x.shape, generator=rng)
             assert bool((found <= torch.einsum("brk,bk->br", rows, net(point)) + 1e-5).all())
+
+
+def test_what_a_free_slope_adds_to_a_sum_is_covered_too() -> None:
+    linear = nn.Linear(1, 200)
+    net = nn.Sequential(linear, nn.ReLU()).eval()
+    with torch.no_grad():
+        linear.weight.fill_(2.0)
+        linear.bias.fill_(-1.0)
+        chain = Chain(net, Box(torch.zeros(1, 1), torch.full((1, 1), 0.75)), 0.0, False)
+        _sweep.follow(chain)
+        ones = torch.ones(1, 1, 200)
+        _, bias = chain.fronts[chain.graph.output](ones, 0 * ones)
+    # CROWN's slope is 0 here, a free one of 1 adds 200 offsets of -1, and the loss stays what it is.
+    assert float(bias) <= -200 * 2 * chain.dots
 
 
 def mlp(seed: int, *widths: int) -> nn.Sequential:
