@@ -1,5 +1,7 @@
 """A specification as arrays: boxes that a search may use, boxes that a proof must cover, and what each case demands."""
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,10 +13,11 @@ import torch
 from torch import Tensor
 
 from stages.method import InputError
-from stages.verification.vnnlib import Region, Row, Spec
+from stages.verification.vnnlib import Region, Row, Spec, shown
 
 Array = npt.NDArray[np.float32]
 _EXACT = 1 << 53
+_LARGEST = Fraction(2**128 - 2**103)  # from here on float32 rounds to infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +110,9 @@ def _inner(region: Region) -> tuple[Array, Array, bool]:
 
 
 def _nearest(values: Sequence[Fraction]) -> Array:
-    found = np.array([float(value) for value in values], np.float64).astype(np.float32)
-    if not np.isfinite(found).all():
+    if any(abs(value) >= _LARGEST for value in values):
         raise InputError("the specification bounds an input by a number that is infinite in float32")
-    return found
+    return np.array([float(value) for value in values], np.float64).astype(np.float32)
 
 
 def _toward(values: Sequence[Fraction], side: int) -> Array:
@@ -136,7 +138,9 @@ def _whole(row: Row, classes: int) -> tuple[tuple[int, ...], float]:
     for k, weight in row.weights:
         vector[k] = int(weight * scale) // shared
         if abs(vector[k]) > _EXACT:
-            raise InputError(f"the factor {float(weight)!r} of Y_{k} has more digits than float64 holds; round it")
+            raise InputError(f"the factor {shown(weight)} of Y_{k} has more digits than float64 holds; round it")
     exact = row.bound * scale / shared
-    bound = float(exact)
+    if exact > sys.float_info.max:  # no float64 is above it: every output that is a number meets the row
+        return tuple(vector), math.inf
+    bound = float(max(exact, Fraction(-sys.float_info.max)))
     return tuple(vector), bound if Fraction(bound) >= exact else float(np.nextafter(bound, np.inf))

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from itertools import product
@@ -348,7 +349,7 @@ def _regions(inputs: int, always: _Cube, choices: list[list[_Cube]]) -> tuple[Re
             sides = frozenset((i, sign < 0) for (i, sign), (_, strict) in box.ends.items() if strict)
             found.append(Region(low, high, tuple(dict.fromkeys(conjunctions)), sides))
         elif len(unsafe) == 1:
-            ends_of = f"lower bound {float(low[empty[0]])!r} and upper bound {float(high[empty[0]])!r}"
+            ends_of = f"lower bound {shown(low[empty[0]])} and upper bound {shown(high[empty[0]])}"
             raise InputError(f"the box is inverted: input X_{empty[0]} has {ends_of}")
     if not found:
         raise InputError("every box in it is inverted: some lower bound lies above the upper bound")
@@ -369,6 +370,14 @@ def _is_open(box: _Cube, i: int) -> bool:
 
 def _no(kind: str, name: object, valid: Sequence[str]) -> InputError:
     return InputError(f'{kind} "{_short(name)}": {unknown(_short(name), valid).replace("key", kind)}')
+
+
+def shown(value: Fraction) -> str:
+    """A number for a message, as a float64 where it is not too large for one."""
+    try:
+        return repr(float(value))
+    except OverflowError:
+        return f"{Decimal(value.numerator) / value.denominator:.6g}"
 
 
 def _short(tree: Tree) -> str:

@@ -109,3 +109,25 @@ def test_factors_that_float32_does_not_hold_prove_nothing(tmp_path: Path) -> Non
         answer = Trial(model, Cases.of(parse(text), 2), Clock(1.0), lambda _: None).answer()
         assert answer.word == word
     assert "more digits than float32 holds" in answer.reason
+
+
+@pytest.mark.parametrize(("unsafe", "word"), [("(>= Y_0 1e400)", "unsat"), ("(<= Y_0 1e400)", "sat")])
+def test_outputs_may_be_bounded_by_numbers_beyond_float64(unsafe: str, word: str, tmp_path: Path) -> None:
+    net = [(np.eye(2), np.zeros(2))]
+    model = Model(mlp(tmp_path / "net.onnx", net, (1, 2)), 2)
+    text = spec([0.0, 0.0], [1.0, 1.0], 2, f"(assert {unsafe})")
+    assert Trial(model, Cases.of(parse(text), 2), Clock(1.0), lambda _: None).answer().word == word
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ("(>= X_0 0)(<= X_0 1e400)", "infinite in float32"),
+        ("(>= X_0 1e400)(<= X_0 1)", r"lower bound 1.0*e\+400"),
+        ("(>= X_0 0)(<= X_0 1)(<= (+ (* 1e400 Y_0) Y_1) 0)", r"factor 1.0*e\+400"),
+    ],
+)
+def test_numbers_that_are_too_large_are_told(box: str, message: str) -> None:
+    declared = "(declare-const X_0 Real)(declare-const Y_0 Real)(declare-const Y_1 Real)(assert (<= Y_0 0))"
+    with pytest.raises(InputError, match=message):
+        Cases.of(parse(f"{declared}(assert (and {box}))"), 2)
