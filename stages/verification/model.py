@@ -80,22 +80,32 @@ class Model:
             raise InputError(f'{path}: input "{entry.name}" is a {entry.type}; expected tensor(float), that is float32')
         self._name = entry.name
         self.fed = _shape(entry.shape, inputs, f'{path}: input "{entry.name}"')
-        twin = imported(source, self.fed[1:], free=self.fed[0] == 1)
-        if self.fed[0] == 1 and twin.piece is None:
-            twin.settle(self.fed[1:])
-            self.net: nn.Module = Flat(twin, self.fed[1:]).eval()
-        else:
-            twin.piece = None
-            self.net = Single(twin, self.fed).eval()
         names = [output.name for output in session.get_outputs()]
         self._output = "logits" if len(names) > 1 and "logits" in names else names[0]
         self.classes = len(self.outputs(np.zeros(inputs, np.float32)))
+        self.net = self._batched(source) or Single(imported(source, self.fed[1:], free=False), self.fed).eval()
 
     def outputs(self, x: Array) -> Array:
         """Float32 [n] -> [K], computed by onnxruntime, one image alone."""
         fed = np.ascontiguousarray(x, np.float32).reshape(self.fed)
         found: Array = self._engine.session.run([self._output], {self._name: fed})[0]
         return found.reshape(-1).astype(np.float32)
+
+    @torch.no_grad()
+    def _batched(self, source: Path | bytes) -> Flat | None:
+        """The twin on many images at once, where the 1 in front is a batch and not a size that the graph takes away."""
+        if self.fed[0] != 1:
+            return None
+        twin = imported(source, self.fed[1:])
+        if twin.piece is not None:
+            return None
+        twin.settle(self.fed[1:])
+        net = Flat(twin, self.fed[1:]).eval()
+        try:
+            batched = all(net(torch.zeros(n, prod(self.fed))).shape == (n, self.classes) for n in (2, 3))
+        except (RuntimeError, IndexError):  # an operator found a shape that does not fit
+            return None
+        return net if batched else None
 
     def disagreement(self, points: Tensor) -> float:
         """How far the twin is from onnxruntime on float32 [B, n], in units of the largest output."""

@@ -132,3 +132,21 @@ def test_what_does_not_fit_is_refused(shape: tuple[int | str, ...], inputs: int,
     nodes = [helper.make_node("Identity", ["input"], ["y"])]
     with pytest.raises(InputError, match=message):
         Model(saved(tmp_path / "net.onnx", nodes, shape, "y", shape, {}), inputs)
+
+
+def test_a_one_in_front_that_the_graph_takes_away_is_no_batch(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Squeeze", ["input", "front"], ["s"]),
+        helper.make_node("MatMul", ["s", "w"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("ReduceMean", ["r"], ["y"], axes=[0], keepdims=0),
+    ]
+    arrays = {"front": np.array([0]), "w": RNG.normal(0, 1, (2, 2)).astype(np.float32)}
+    model = Model(saved(tmp_path / "net.onnx", nodes, (1, 2, 2), "y", (2,), arrays), 4)
+    points = torch.rand(5, 4)
+    assert model.disagreement(points) < 1e-6
+    rows = torch.eye(2, dtype=torch.float64).expand(5, -1, -1)
+    with torch.no_grad():
+        bound = Crown().lower(model.net, Box(points - 0.05, points + 0.05), rows)
+        assert bool((bound <= model.net(points)).all())
+        assert bool((bound > model.net(points) - 2).all())
