@@ -45,7 +45,7 @@ class Proved:
         """bool [N, K]: the wrong classes that no certifier proved unreachable; None without certifiers."""
         if not self.leads:
             return None
-        return torch.stack([leads <= 0 for leads in self.leads.values()]).all(0)
+        return torch.stack([~(leads > 0) for leads in self.leads.values()]).all(0)
 
 
 def prove(
@@ -99,6 +99,8 @@ def prove(
                         raise
                     size = len(rows) // 2
                     continue
+                if bool(bounds.isnan().any()):
+                    raise InputError("its bounds are NaN")
                 found[rows] = found[rows].masked_scatter(wrong[rows], bounds)
                 at += len(rows)
                 on_step(name)(at, len(left))
@@ -110,7 +112,7 @@ def prove(
             found[wrong] = float("-inf")
             findings.append(Finding(f"covers_{name}", True, f"{name} proves nothing about this network: {reason}"))
         leads[name] = found
-        left = left[(found[left] <= 0).any(1)]
+        left = left[~(found[left] > 0).all(1)]
         if refuted is not None and (claimed := int((found[refuted] > 0).all(1).sum())):
             text = f"{claimed} images that {name} proved are read wrongly, as they are or after a few gradient steps"
             findings.append(Finding(f"refuted_{name}", False, f"{text}; must be none"))

@@ -97,9 +97,13 @@ def _map(tree: Any, swap: Any) -> Any:
 
 
 def outward(ends: Tensor, kind: torch.dtype, side: float) -> Tensor:
-    """`ends` in another precision, never past them: rounded towards `side`, -inf or inf."""
+    """`ends` in another precision, never past them: rounded towards `side`, -inf or inf. Differentiable."""
     if ends.dtype == kind:
         return ends
+    if ends.requires_grad:
+        near = ends.to(kind)
+        there = outward(ends.detach(), kind, side)
+        return torch.where(torch.isfinite(near), near + (there - near).detach(), there)
     cast = ends.to(kind)
     wrong = cast.double() > ends.double() if side < 0 else cast.double() < ends.double()
     return torch.where(wrong, torch.nextafter(cast, torch.full_like(cast, side)), cast)

@@ -76,7 +76,7 @@ class IBP(Certifier):
             )
         if not bool(torch.isfinite(bound).all()):
             raise InputError("ibp: the bounds are not finite; are the weights, or does the box reach too far?")
-        return _down(bound, rows.dtype)
+        return outward(bound, rows.dtype, -torch.inf)
 
 
 def check(box: Box, rows: Tensor) -> None:
@@ -247,13 +247,3 @@ def _double(value: Any) -> Any:
     if isinstance(value, Interval):
         return Interval(value.low.double(), value.high.double())
     return tuple(_double(part) for part in value) if isinstance(value, tuple) else _cast(value, torch.float64)
-
-
-def _down(bound: Tensor, dtype: torch.dtype) -> Tensor:
-    """`bound` in `dtype`, never above it: rounded to nearest, then one step down."""
-    if dtype == bound.dtype:
-        return bound
-    near = bound.to(dtype)
-    with torch.no_grad():
-        last_place = torch.nextafter(near, torch.full_like(near, -torch.inf)) - near
-    return near + last_place

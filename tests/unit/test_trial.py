@@ -283,3 +283,25 @@ def test_a_certifier_that_fails_on_a_network_proves_nothing_and_the_others_go_on
         monkeypatch.setattr(Failing, "error", error)
         with pytest.raises(type(error)):
             prove(net, x, y, 3, SMALL, {"failing": Failing()}, quiet)
+
+
+class _Silent(Certifier):
+    """Answers NaN."""
+
+    def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
+        del net, box
+        return torch.full(rows.shape[:2], torch.nan)
+
+
+def test_what_is_no_number_proves_nothing_and_spares_nobody() -> None:
+    net, right = digits_model(recipe="at").net, torch.ones(60, dtype=torch.bool)
+    x, y = images(60)
+    with frozen(net):
+        found = prove(net, x, y, 10, SMALL, {"silent": _Silent()}, quiet)
+    assert "covers_silent" in {finding.name for finding in found.findings}
+    assert not spared(found, right, generator(0)).any()
+    blank = Proved({}, {"silent": torch.full((60, 10), torch.nan)}, ())
+    assert blank.unproved is not None
+    assert bool(blank.unproved.all())
+    assert not blank.certified(right)["silent"].any()
+    assert not spared(blank, right, generator(0)).any()

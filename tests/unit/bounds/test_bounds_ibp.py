@@ -1,5 +1,8 @@
 """Closed forms, exactness, and the cases in which rounding matters."""
 
+import math
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -263,3 +266,23 @@ def test_what_cannot_be_bounded_is_refused_by_name() -> None:
         IBP().lower(net.eval(), Box(x, x), torch.ones(1, 1, 3))
     with pytest.raises(InputError, match="rows"):
         IBP().lower(net.eval(), Box(x, x), torch.ones(2, 1, 2))
+
+
+@pytest.mark.parametrize("arithmetic", ["real", "float32"])
+def test_bounds_that_float32_cannot_hold_are_no_nan(arithmetic: Literal["real", "float32"]) -> None:
+    net = nn.Linear(1, 1, bias=False)
+    net.weight.data.fill_(1e30)
+    x, rows = torch.tensor([[1.0]]), torch.tensor([[[1e30], [-1e30]]])
+    low = IBP(arithmetic=arithmetic).lower(net, Box(x, 2 * x), rows).detach()[0]
+    assert 0 < float(low[0]) <= 1e60
+    assert float(low[1]) == -math.inf
+
+
+@pytest.mark.parametrize("method", [IBP(), CrownIBP()], ids=lambda method: method.kind)
+def test_gradients_pass_the_rounding_to_the_rows_precision(method: Certifier) -> None:
+    last = nn.Linear(3, 2)
+    net, x = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), last), torch.full((2, 2), 0.5)
+    low = method.lower(net, Box(x, x + 0.1), torch.eye(2).expand(2, 2, 2))
+    for row in (0, 1):
+        (slope,) = torch.autograd.grad(low[0, row], last.bias, retain_graph=True)
+        assert float(slope[row]) == pytest.approx(1.0, abs=1e-4)
