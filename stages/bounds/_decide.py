@@ -25,7 +25,7 @@ from stages.bounds import _slopes, _sweep
 from stages.bounds._backward import Chain
 from stages.bounds._interval import UNITS
 from stages.bounds._trace import Op
-from stages.bounds.base import Ball, Box
+from stages.bounds.base import Ball, Box, Contradiction
 from stages.method import InputError
 
 Split = tuple[int, int, int]  # which ReLU, which of its inputs, sign
@@ -197,7 +197,7 @@ class _Search:
         searched = torch.isfinite(found)
         lower = torch.where(searched, torch.maximum(found, self.lower), self.lower)
         if bool((self.broken & (lower > self.goal)).any()):
-            raise RuntimeError("branch and bound: a row is refuted by a point and proved; one of the bounds is wrong")
+            raise Contradiction("branch and bound: a row is refuted by a point and proved; one of the bounds is wrong")
         return lower
 
     def _push(self, domain: _Domain) -> None:

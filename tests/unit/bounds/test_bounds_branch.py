@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.bounds._decide import _Search, decide
-from stages.bounds.base import Ball, Box
+from stages.bounds.base import Ball, Box, Contradiction
 from stages.bounds.branch_and_bound import BranchAndBound
 from stages.bounds.crown import Crown
 from stages.method import InputError
@@ -143,3 +143,13 @@ def test_a_row_that_a_corner_refutes_on_the_way_is_not_proved(seed: int, monkeyp
     values = (found.points @ torch.eye(2)).flatten(0, 1)
     refuted = net(values).detach().diagonal()[found.broken[0]]
     assert bool((refuted <= goal[found.broken] + 1e-5).all())
+
+
+def test_a_bound_above_a_known_point_stops_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = mlp(3, 2, 8, 3)
+    x = torch.zeros(1, 2)
+    monkeypatch.setattr("stages.bounds._sweep.logits", lambda *_: torch.full((1, 3), 9.0, dtype=torch.float64))
+    with torch.no_grad():
+        goal = net(x).double() + 0.01
+    with pytest.raises(Contradiction, match="refuted by a point and proved"):
+        decide(net, Box(x - 1, x + 1), torch.eye(3).expand(1, 3, 3), 60.0, goal)
