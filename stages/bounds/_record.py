@@ -32,7 +32,7 @@ _WHOLE = (
     _aten.adaptive_avg_pool2d.default,
     _aten._safe_softmax.default,
 )
-_FLOATS = (torch.float32, torch.float64)
+FLOATS = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         if op.reads() and self.literals.keys() >= set(op.reads()):
             return  # known; what is read of it is a literal, so sizes may go through sums of sizes
-        if moves and kind == "_to_copy" and kwargs.get("dtype") in _FLOATS:
+        if moves and kind == "_to_copy" and kwargs.get("dtype") in FLOATS:
             # Bounds have a precision of their own.
             self._names[id(result)] = op.reads()[0]
             return

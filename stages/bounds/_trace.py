@@ -16,10 +16,10 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from stages.bounds._record import Op, Recording, Ref, fill, substitute
+from stages.bounds._record import FLOATS, Op, Recording, Ref, fill, substitute
 from stages.method import InputError
 
-__all__ = ["MASKED", "Op", "Ref", "Trace", "fill", "substitute", "trace"]
+__all__ = ["FLOATS", "MASKED", "Op", "Ref", "Trace", "fill", "substitute", "trace"]
 MASKED = -1e30  # stands for -inf in masks; see `_attention`
 _COUNTS = 2, 3  # images in the two recordings
 _SHAPED = frozenset({"expand", "view", "permute", "unsqueeze", "squeeze", "full", "zeros", "repeat", "select", "slice"})
@@ -80,6 +80,9 @@ def trace(net: nn.Module, image: Tensor) -> Trace:
     Kept per network and made anew when a module, a shape, a hook or an attribute of a module has changed. Raises
     `InputError` where the network cannot be followed (control flow on pixel values, say).
     """
+    for name, value in (*net.named_parameters(), *net.named_buffers()):
+        if value.is_floating_point() and value.dtype not in FLOATS:
+            raise InputError(f'bounds: "{name}" is {value.dtype}; they cover float32 and float64 alone: call .float()')
     state = _fingerprint(net, image)
     kept = _kept.get(net)
     if kept is None or kept[0] != state:

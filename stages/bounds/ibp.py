@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stages.bounds import _layout, _linear, _ops
 from stages.bounds._interval import DOUBLE, SINGLE, TINY, UNITS, Interval, Rounding, gamma, low_ends, outward
-from stages.bounds._trace import Op, Trace, fill, substitute, trace
+from stages.bounds._trace import FLOATS, Op, Trace, fill, substitute, trace
 from stages.bounds.base import Box, Certifier
 from stages.method import InputError
 
@@ -80,13 +80,15 @@ class IBP(Certifier):
 
 
 def check(box: Box, rows: Tensor) -> None:
-    """Raises `InputError` for an empty, inverted or infinite box, one of whole numbers, or rows that do not fit it."""
+    """Raises `InputError` for an empty, inverted or infinite box, one of whole numbers or half precision, or rows
+    that do not fit it."""
     if box.low.shape != box.high.shape or box.low.dim() < 2 or len(box.low) == 0:
         raise InputError(
             f"box: expected two equal shapes [B, ...], got {tuple(box.low.shape)}, {tuple(box.high.shape)}"
         )
-    if not (box.low.is_floating_point() and box.high.is_floating_point()):
-        raise InputError(f"box: expected floats, got {box.low.dtype}; pixels of bytes are divided by 255 first")
+    if any(end.dtype not in FLOATS for end in (box.low, box.high)):
+        kinds = f"{box.low.dtype}, {box.high.dtype}"
+        raise InputError(f"box: expected float32 or float64, got {kinds}; pixels of bytes are divided by 255 first")
     if not bool((torch.isfinite(box.low) & torch.isfinite(box.high) & (box.low <= box.high)).all()):
         raise InputError("box: expected finite bounds with low <= high for every pixel")
     if rows.dim() != 3 or len(rows) != len(box.low):

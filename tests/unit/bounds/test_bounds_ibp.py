@@ -286,3 +286,16 @@ def test_gradients_pass_the_rounding_to_the_rows_precision(method: Certifier) ->
     for row in (0, 1):
         (slope,) = torch.autograd.grad(low[0, row], last.bias, retain_graph=True)
         assert float(slope[row]) == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused(kind: torch.dtype) -> None:
+    net, x, rows = nn.Linear(2, 2).requires_grad_(False), torch.rand(1, 2), torch.ones(1, 1, 2)
+    for method in (IBP(), CrownIBP()):
+        method.lower(net, Box(x, x), rows)
+        with pytest.raises(InputError, match="expected float32 or float64"):
+            method.lower(net, Box(x.to(kind), x.to(kind)), rows)
+    net.to(kind)
+    for method in (IBP(), CrownIBP()):
+        with pytest.raises(InputError, match=r"cover float32 and float64 alone"):
+            method.lower(net, Box(x, x), rows)
