@@ -1,7 +1,7 @@
 """The operations of one forward pass as they reach torch's dispatcher, those that torch can decompose in their parts.
 
 Activations that bounds can treat better whole (SiLU, GELU, hard swish, ...) are left whole. `torch.export` would do the
-same and more, and takes ten times as long, most of it to load a compiler.
+same and more, and takes far longer, most of it to load a compiler.
 """
 
 import operator
