@@ -7,7 +7,9 @@ highest, and the reverse. Lines, one for every entry and side:
 or the interval's end where that is better at the centre of the box, or where exp overflows.
 
 A mask is a constant -inf (or the lowest number there is) added to a score or put in its place. It is bounded as
-`MASKED`, so large a number that its entry is 0 in float32 and float64 alike, and so small that sums stay finite.
+`MASKED`, so large a number that its entry is 0 in float32 and float64 alike, and so small that sums stay finite. That
+holds where a softmax alone sees it (`_trace`), beside sums of what is far smaller (`check_mask`); elsewhere -1e35 is a
+number like any other.
 A row that is masked all through has no softmax, only a NaN; `_safe_softmax`, which fused attention calls, gives zeros.
 
 Source: Wei et al., "Convex Bounds on the Softmax Function", 2023, section 4 (the reciprocal-exponential bounds, from
@@ -43,6 +45,17 @@ def softmax(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rou
     margin = torch.where(gone, TINY, rounding.share(12) * (1 + n))
     found = narrowed(low, high, margin, x.low.dtype)
     return Interval(found.low.clamp(min=0), found.high.clamp(max=1 + rounding.share(12) * (1 + n)))
+
+
+def check_mask(op: Op, *operands: Interval) -> None:
+    """Raises `InputError` where what is added to a mask might bring it back; that none stays in sight is `_trace`'s."""
+    if any(bool((x.low <= MASKED / 2).any()) for x in operands):
+        largest = max(float(x.high.detach().max()) for x in operands)
+        if not largest < -MASKED / 100:
+            raise InputError(
+                f'bounds: a mask in module "{op.module}" is added to scores that may reach {largest:g}, so it is none '
+                "any more; scale the scores down, or put -inf in their place with torch.where after all sums"
+            )
 
 
 def _range(op: Op, low: Tensor, high: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ g' |L|^T |a|. Then a^T y differs from what is bounded by at most (g + g') |a|^T 
 value carries a slack e, e_y = |L| e_x + (g + g') S, from one non-linear operation to the next, where it moves the lines
 outward: |a^T| e at the operand is at most |slope| |a|^T e at the result. The offsets b travel forward in the same way,
 so the backward pass only transposes and sums intercepts. Sums over a value are formed in blocks and added in float64.
+Coefficients that are too small for the arithmetic become 0 (`faint`): a value of N entries passes on sums of no more
+than 8 N products, each off by less than the smallest normal number, and what they multiply is no larger than |x| + |b|.
 
 Values of images and the coefficients of their entries are channels-last (`_layout`).
 """
@@ -58,6 +60,7 @@ class Chain:
         self.sharp: dict[str, int] = {} if box.ball else {self.graph.input: 2}
         self.tight: set[str] = set()
         self.empty = torch.zeros(self.batch, dtype=torch.bool, device=box.low.device)
+        self.faint = TINY * torch.ones(self.batch, dtype=torch.float64, device=box.low.device)  # [B]
         self._counts: set[str] = set()
         self.reads: dict[str, int] = {}
         for op in self.graph.ops:
@@ -85,6 +88,11 @@ class Chain:
                     self.sharp[op.result] = self.sharp[moving[0]] if keeps else 1
         else:
             self._draw(op)
+        entries = 8 * self.shape(op.result).numel() / self.batch * torch.finfo(self.kind).tiny
+        for name in self.operands(op):
+            reach = self.values[name].size().detach() + self._offset(name).detach().abs()
+            whole = self.flat(name, reach) if name in self.graph.strides else reach.reshape(1, -1)
+            self.faint = self.faint + entries * whole.sum(1, dtype=torch.float64)
 
     def is_linear(self, op: Op) -> bool:
         return _ops.keeps_affine(op, fill(op.args, self.values))
@@ -98,7 +106,7 @@ class Chain:
         old = self.values[name]
         low, high = torch.maximum(low, old.low), torch.minimum(high, old.high)
         sane = low <= high
-        self.empty |= self.flat(name, ~sane).any(1)
+        self.empty |= self.flat(name, low > high).any(1)  # a NaN says nothing
         self.values[name] = Interval(torch.where(sane, low, old.low), torch.where(sane, high, old.high))
 
     def bound(
@@ -117,7 +125,7 @@ class Chain:
         operations on the way are bounded by their boxes, which makes it interval arithmetic with a merged tail. `watch`
         is filled with the coefficients of the results of non-linear operations and of the image.
         """
-        total = self.start(name, slopes)
+        total = self.start(name, slopes) - self.faint
         waiting: dict[str, Any] = {name: slopes}
         for op in reversed(self.done):
             if boxes and op.result in self.fronts:

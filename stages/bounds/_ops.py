@@ -232,6 +232,8 @@ def _sum(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Roundi
     if kwargs.get("alpha", 1) != 1:
         raise unsupported(op, "with alpha")
     a, b = _two(args)
+    if op.masked:
+        _attention.check_mask(op, a, b)
     if op.kind == "sub":
         b = Interval(-b.high, -b.low)
     found = rounding.widen(a.low + b.low, a.high + b.high, a.size() + b.size())

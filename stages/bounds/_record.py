@@ -48,7 +48,7 @@ class Op:
 
     `kind` is the operator's name without its overload ("convolution"); `module` the path of the layer it came from.
     `counts` marks an operation that depends on how many images there are and not on them: the count itself, or a class
-    token repeated for every image.
+    token repeated for every image. `masked` marks a sum that nothing but a softmax reads: it may add a mask of -inf.
     """
 
     result: str
@@ -58,6 +58,7 @@ class Op:
     kwargs: Mapping[str, Any]
     module: str
     counts: bool = False
+    masked: bool = False
 
     def reads(self) -> tuple[str, ...]:
         """The names of the values that go in."""

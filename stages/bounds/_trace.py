@@ -7,7 +7,7 @@ weights: those are read from the network at every use, so a trace survives train
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import FunctionType, MethodType
 from typing import Any
@@ -23,6 +23,12 @@ __all__ = ["FLOATS", "MASKED", "Op", "Ref", "Trace", "fill", "substitute", "trac
 MASKED = -1e30  # stands for -inf in masks; see `_attention`
 _COUNTS = 2, 3  # images in the two recordings
 _SHAPED = frozenset({"expand", "view", "permute", "unsqueeze", "squeeze", "full", "zeros", "repeat", "select", "slice"})
+_SOFTMAX = frozenset({"_softmax", "_safe_softmax"})
+# What a mask may go through on its way to a softmax: nothing that could bring it back.
+_CARRIES = frozenset(
+    {"where", "view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "unsqueeze", "squeeze", "slice"}
+    | {"select", "clone", "alias", "detach", "_to_copy", "repeat", "cat"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +37,8 @@ class Trace:
 
     `strides` says whom an entry of a moving value belongs to: entry i of the value, counted row by row, is one of
     example (i // stride) mod B. A value is missing there if its place of the batch cannot be followed.
-    `masks` names constants that may hold -inf as a mask. `entries` is how many a moving value has for an image; of
-    several results, the first has.
+    `masks` names constants that nothing but a softmax sees, which may hold -inf as a mask. `entries` is how many a
+    moving value has for an image; of several results, the first has.
     """
 
     ops: tuple[Op, ...]
@@ -198,12 +204,24 @@ def _joined(few: Recording, many: Recording) -> Trace:
     strides = {name: place.stride for name, place in places.items()}
     stored = {name: path for name, path in few.stored.items() if name in needed}
     literals = {name: value for name, value in few.literals.items() if name in needed}
-    masks = {name for op in ops if op.counts or op.kind in {"where", "add"} for name in op.reads()} - joint.moving
+    seen = _seen_elsewhere(ops, few.output, joint.moving)
+    ops = [replace(op, masked=True) if op.kind == "add" and op.result not in seen else op for op in ops]
+    masks = {name for op in ops if op.result in joint.moving for name in op.reads()} - joint.moving - seen
     moving = [op.result for op in ops if op.result in joint.moving and not op.counts]
     entries = {name: math.prod(few.shapes[name]) // _COUNTS[0] for name in ("image", *moving)}
     return Trace(
         tuple(ops), "image", few.output, stored, literals, frozenset(joint.moving), strides, frozenset(masks), entries
     )
+
+
+def _seen_elsewhere(ops: Sequence[Op], output: str, moving: set[str]) -> set[str]:
+    """The values that anything but a softmax sees, directly or through sums and rearrangements: none is a mask."""
+    found = {output}
+    for op in reversed(ops):
+        carries = op.kind in _CARRIES or (op.kind == "add" and not op.counts)
+        if op.result in moving and op.kind not in _SOFTMAX and not (carries and op.result not in found):
+            found.update(op.reads())
+    return found
 
 
 @dataclass(slots=True)
