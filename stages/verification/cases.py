@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from stages.method import InputError
-from stages.verification.vnnlib import Region, Row, Spec, shown
+from stages.verification.vnnlib import Number, Region, Row, Spec, shown
 
 Array = npt.NDArray[np.float32]
 _EXACT = 1 << 53
-_LARGEST = Fraction(2**128 - 2**103)  # from here on float32 rounds to infinity
+_LARGEST = 2.0**128 - 2.0**103  # from here on float32 rounds to infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,9 @@ class Cases:
             raise InputError(
                 f"the specification names {spec.outputs} outputs Y_0 to Y_{spec.outputs - 1}, the network has {classes}"
             )
-        inner = [_inner(region) for region in spec.regions]
-        outer = [
-            (_outward(region.low, -1, low), _outward(region.high, 1, high))
-            for region, (low, high, _) in zip(spec.regions, inner, strict=True)
-        ]
+        outer_low, inner_low = _ends([region.low for region in spec.regions], spec.inputs)
+        inner_high, outer_high = _ends([region.high for region in spec.regions], spec.inputs)
+        low, high, barren = _inner(spec.regions, inner_low, inner_high)
         conjunctions = [(g, rows) for g, region in enumerate(spec.regions) for rows in region.unsafe]
         weights: dict[tuple[int, ...], int] = {}
         asked: list[dict[int, float]] = []
@@ -62,20 +60,20 @@ class Cases:
                 vector, bound = _whole(row, classes)
                 u = weights.setdefault(vector, len(weights))
                 asked[-1][u] = min(asked[-1].get(u, np.inf), bound)
-        bounds = torch.full((len(asked), max(len(weights), 1)), torch.inf, dtype=torch.float64)
+        bounds = np.full((len(asked), max(len(weights), 1)), np.inf)
         for c, entries in enumerate(asked):
             for u, bound in entries.items():
                 bounds[c, u] = bound
         return Cases(
             spec=spec,
-            inner_low=_stack([low for low, _, _ in inner]),
-            inner_high=_stack([high for _, high, _ in inner]),
-            barren=torch.tensor([barren for _, _, barren in inner]),
-            low=_stack([low for low, _ in outer]),
-            high=_stack([high for _, high in outer]),
+            inner_low=torch.from_numpy(low),
+            inner_high=torch.from_numpy(high),
+            barren=torch.from_numpy(barren),
+            low=torch.from_numpy(np.minimum(outer_low, low)),
+            high=torch.from_numpy(np.maximum(outer_high, high)),
             rows=torch.tensor([list(vector) for vector in weights] or [[0] * classes], dtype=torch.float64),
-            bounds=bounds,
-            region=torch.tensor([g for g, _ in conjunctions]),
+            bounds=torch.from_numpy(bounds),
+            region=torch.tensor([g for g, _ in conjunctions], dtype=torch.int64),
         )
 
     def witnessed(self, x: Array, y: Array) -> bool:
@@ -91,43 +89,48 @@ class Cases:
         return not self.barren[g] and bool((low <= x).all() and (x <= high).all())
 
 
-def _stack(parts: list[Array]) -> Tensor:
-    return torch.from_numpy(np.stack(parts))
-
-
-def _inner(region: Region) -> tuple[Array, Array, bool]:
+def _inner(regions: Sequence[Region], low: Array, high: Array) -> tuple[Array, Array, npt.NDArray[np.bool_]]:
     """The float32 points inside each interval; the nearest float32 where an interval is too narrow to hold one, and
     whether one of those has an open side: that says plainly that a point beside it does not count."""
-    low, high = _toward(region.low, 1), _toward(region.high, -1)
-    for i, is_high in region.open_sides:
-        ends, exact = (high, region.high) if is_high else (low, region.low)
-        if Fraction(float(ends[i])) == exact[i]:
-            ends[i] = np.nextafter(ends[i], np.float32(-np.inf if is_high else np.inf))
-    middle = _nearest([(a + b) / 2 for a, b in zip(region.low, region.high, strict=True)])
+    for g, region in enumerate(regions):
+        for i, is_high in region.open_sides:
+            ends, exact = (high, region.high) if is_high else (low, region.low)
+            if float(ends[g, i]) == exact[i]:
+                ends[g, i] = np.nextafter(ends[g, i], np.float32(-np.inf if is_high else np.inf))
     none = low > high
-    barren = any(none[i] for i, _ in region.open_sides)
-    return np.where(none, middle, low), np.where(none, middle, high), barren
+    barren = np.array([any(none[g, i] for i, _ in region.open_sides) for g, region in enumerate(regions)], np.bool_)
+    for g, i in np.argwhere(none).tolist():
+        middle = (Fraction(regions[g].low[i]) + Fraction(regions[g].high[i])) / 2
+        low[g, i] = high[g, i] = np.float32(float(middle))
+    return low, high, barren
 
 
-def _nearest(values: Sequence[Fraction]) -> Array:
-    if any(abs(value) >= _LARGEST for value in values):
+def _ends(values: Sequence[Sequence[Number]], inputs: int) -> tuple[Array, Array]:
+    """The largest float32 that is not above each value, and the smallest that is not below it."""
+    place: dict[int, int] = {}
+    once: list[Number] = []  # large files repeat few numbers, which are read as the same object
+    for row in values:
+        for value in row:
+            if place.setdefault(id(value), len(once)) == len(once):
+                once.append(value)
+    near = np.array([_float(value) for value in once], np.float64)
+    if (np.abs(near) >= _LARGEST).any():
         raise InputError("the specification bounds an input by a number that is infinite in float32")
-    return np.array([float(value) for value in values], np.float64).astype(np.float32)
+    found = near.astype(np.float32)
+    gap = found.astype(np.float64) - near
+    for k in np.flatnonzero(gap == 0).tolist():  # float64 may have rounded the value to this very number
+        gap[k] = float(float(found[k]) > once[k]) - float(float(found[k]) < once[k])
+    down = np.where(gap > 0, np.nextafter(found, np.float32(-np.inf)), found)
+    up = np.where(gap < 0, np.nextafter(found, np.float32(np.inf)), found)
+    at = np.array([[place[id(value)] for value in row] for row in values], np.int64).reshape(-1, inputs)
+    return down[at], up[at]
 
 
-def _toward(values: Sequence[Fraction], side: int) -> Array:
-    """The nearest float32 that is not below (side 1) or not above (side -1) each value."""
-    found = _nearest(values)
-    gap = side * (found.astype(np.float64) - np.array([float(value) for value in values]))
-    short = gap < 0
-    for i in np.flatnonzero(gap == 0).tolist():  # float64 may have rounded the value to this very number
-        short[i] = side * Fraction(float(found[i])) < side * values[i]
-    return np.where(short, np.nextafter(found, np.float32(side * np.inf)), found)
-
-
-def _outward(values: Sequence[Fraction], side: int, inner: Array) -> Array:
-    found = _toward(values, side)
-    return np.maximum(found, inner) if side > 0 else np.minimum(found, inner)
+def _float(value: Number) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _whole(row: Row, classes: int) -> tuple[tuple[int, ...], float]:

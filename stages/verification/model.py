@@ -17,6 +17,7 @@ from targets.runtime.ort import OrtEngine
 
 Array = npt.NDArray[np.float32]
 _GZIP = b"\x1f\x8b"
+_LARGEST = 1 << 31  # bytes; no ONNX file is larger
 
 
 def opened(path: Path) -> Path | bytes:
@@ -25,9 +26,13 @@ def opened(path: Path) -> Path | bytes:
         with path.open("rb") as file:
             if file.read(2) != _GZIP:
                 return path
-        return gzip.decompress(path.read_bytes())
+        with gzip.open(path) as packed:
+            found = packed.read(_LARGEST + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if len(found) > _LARGEST:
+        raise InputError(f"{path}: unpacks to more than {_LARGEST >> 30} GiB, which no ONNX file is")
+    return found
 
 
 class Flat(nn.Module):

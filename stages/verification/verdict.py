@@ -57,6 +57,8 @@ def decide(network: Path, specification: Path, clock: Clock, say: Say) -> Answer
     spec = parse(_text(specification), str(specification))
     model = Model(network, spec.inputs)
     cases = Cases.of(spec, model.classes)
+    if not spec.regions:
+        return Answer("unsat", "unsat: the constraints contradict each other, whatever the network computes")
     trial = Trial(model, cases, clock, say)
     say(f"{spec.inputs} inputs, {spec.outputs} outputs, {len(spec.regions)} boxes, {len(cases.bounds)} cases")
     return trial.answer()
@@ -154,6 +156,6 @@ def write_witness(witness: Witness, path: Path) -> None:
 def _text(path: Path) -> str:
     found = opened(path)
     try:
-        return (found.read_bytes() if isinstance(found, Path) else found).decode("utf-8")
+        return (found.read_bytes() if isinstance(found, Path) else found).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text: {error}") from error

@@ -5,7 +5,8 @@ constraints may be joined by `and` and `or`, nested at will; what is read is bro
 
     unsafe  <=>  exists a region r and one of its conjunctions (A, b):  X in [low_r, high_r]  and  A Y <= b.
 
-Numbers stay fractions, so that nothing is rounded here. Version 1 (`declare-const X_0 Real`), and of version 2 what has
+Numbers stay decimals or fractions, so that nothing is rounded here; of a formula that nothing can satisfy no region is
+left. Version 1 (`declare-const X_0 Real`), and of version 2 what has
 one network with one input and one output (`X[0,3]`, counted in row-major order).
 Source: Demarchi, Guidotti, Pulina, Tacchella, "Supporting standardization of neural networks verification with VNN-LIB
 and CoCoNet" (2023); the competition's files, which leave out most of SMT-LIB.
@@ -13,7 +14,8 @@ and CoCoNet" (2023); the competition's files, which leave out most of SMT-LIB.
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
@@ -22,18 +24,17 @@ from itertools import product
 from typing import Any
 
 from stages.method import InputError, unknown
+from stages.verification._forms import NUMBER, Bound, Tree, forms, short
 
-_MOST = 100_000  # regions times conjunctions
-_DEEPEST = 200
-_TOKEN = re.compile(r"[()]|[^\s()]+")
+_MOST = 200_000  # regions times conjunctions
 _VARIABLE = re.compile(r"([XY])_(\d+)")
 _ELEMENT = re.compile(r"(\w+)\[([\d,]+)\]")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?")
 _IGNORED = {"set-logic", "set-info", "set-option", "check-sat", "get-model", "get-info", "exit", "vnnlib-version"}
 _COMPARE = {"<=": (1, False), "<": (1, True), ">=": (-1, False), ">": (-1, True)}
 
-Tree = Any  # a token, or a list of trees
 Variable = tuple[str, int]
+Number = Decimal | Fraction
+End = tuple[Number, bool]  # a value, and whether it is left out
 Linear = dict[Variable, Fraction]
 _ONE: Variable = ("", 0)
 
@@ -56,15 +57,18 @@ class Region:
     """A box of inputs, and the conjunctions of which none may hold inside; `open_sides` are (input, is high) without
     their end point."""
 
-    low: tuple[Fraction, ...]
-    high: tuple[Fraction, ...]
+    low: tuple[Number, ...]
+    high: tuple[Number, ...]
     unsafe: tuple[tuple[Row, ...], ...]
     open_sides: frozenset[tuple[int, bool]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """The network has `inputs` numbers in and `outputs` numbers out, and is unsafe in any of the regions."""
+    """The network has `inputs` numbers in and `outputs` numbers out, and is unsafe in any of the regions.
+
+    Without a region it is safe whatever it computes: the constraints contradict each other.
+    """
 
     inputs: int
     outputs: int
@@ -73,9 +77,9 @@ class Spec:
 
 def parse(text: str, where: str = "the specification") -> Spec:
     """Raises `InputError` (with the line) for what is no VNN-LIB, unknown variables, non-linear constraints,
-    constraints between inputs, unbounded inputs and boxes without a point."""
+    constraints between inputs, unbounded inputs, and bounds outside of all disjunctions that are inverted."""
     names, asserted = _Names(), list[tuple[int, Tree]]()
-    for line, form in _forms(text, where):
+    for line, form in forms(text, where):
         try:
             if names.declares(form):
                 continue
@@ -99,46 +103,12 @@ def parse(text: str, where: str = "the specification") -> Spec:
         raise InputError(f"{where}: {error}") from None
 
 
-def _forms(text: str, where: str) -> Iterator[tuple[int, list[Tree]]]:
-    """Top-level parentheses with the line they open on."""
-    text = re.sub(r";[^\n]*", "", text)
-    text = re.sub(r"\[[^\]\n]*\]", lambda found: found[0].replace(" ", ""), text)
-    stack: list[list[Tree]] = []
-    start, line, at = 0, 1, 0
-    for found in _TOKEN.finditer(text):
-        token = found[0]
-        if token == "(":
-            if not stack:
-                line, at = line + text.count("\n", at, found.start()), found.start()
-                start = line
-            if len(stack) == _DEEPEST:
-                raise InputError(f"{where}, line {start}: more than {_DEEPEST} parentheses inside each other")
-            stack.append([])
-        elif not stack:
-            line += text.count("\n", at, found.start())
-            raise InputError(f'{where}, line {line}: expected "(", got "{token[:40]}"; is this a VNN-LIB file?')
-        elif token == ")":
-            done = stack.pop()
-            if stack:
-                stack[-1].append(done or "()")  # as in (declare-fun X_0 () Real)
-            elif not done:
-                raise InputError(f"{where}, line {start}: nothing between two parentheses")
-            elif isinstance(done[0], str):
-                yield start, done
-            else:
-                raise InputError(f"{where}, line {start}: expected a word after the first parenthesis")
-        else:
-            stack[-1].append(token)
-    if stack:
-        raise InputError(f"{where}, line {start}: a parenthesis is never closed")
-
-
 @dataclass(slots=True)
 class _Names:
     """The variables declared so far: `sizes` counts X and Y; `shapes` has those of version 2 by their own names."""
 
     sizes: dict[str, int] = field(default_factory=dict)
-    seen: set[Variable] = field(default_factory=set)
+    seen: dict[str, Variable] = field(default_factory=dict)
     shapes: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
     def declares(self, form: list[Tree]) -> bool:
@@ -146,8 +116,8 @@ class _Names:
         if form[0] in ("declare-const", "declare-fun"):
             found = _VARIABLE.fullmatch(form[1]) if len(form) >= 3 and isinstance(form[1], str) else None
             if found is None or form[-1] != "Real":
-                raise InputError(f"expected (declare-const X_0 Real) or Y_0, got {_short(form)}")
-            self.seen.add((found[1], int(found[2])))
+                raise InputError(f"expected (declare-const X_0 Real) or Y_0, got {short(form)}")
+            self.seen[form[1]] = found[1], int(found[2])
             self.sizes[found[1]] = max(self.sizes.get(found[1], 0), int(found[2]) + 1)
             return True
         if form[0] == "declare-network":
@@ -161,7 +131,7 @@ class _Names:
         for part in form[2:]:
             kind = {"declare-input": "X", "declare-output": "Y"}.get(part[0]) if isinstance(part, list) else None
             if kind is None or len(part) != 4 or not re.fullmatch(r"\[[\d,]*\]", str(part[3])):
-                raise InputError(f"expected (declare-input X real [1,5]) or declare-output, got {_short(part)}")
+                raise InputError(f"expected (declare-input X real [1,5]) or declare-output, got {short(part)}")
             if kind in self.sizes:
                 raise InputError("expected one input and one output; networks with more are not checked here")
             shape = tuple(int(size) for size in part[3].strip("[]").split(",") if size)
@@ -170,9 +140,8 @@ class _Names:
 
     def find(self, token: str) -> Variable:
         """Raises `InputError` for a variable that was not declared."""
-        found = _VARIABLE.fullmatch(token)
-        if found is not None and (found[1], int(found[2])) in self.seen:
-            return found[1], int(found[2])
+        if token in self.seen:
+            return self.seen[token]
         element = _ELEMENT.fullmatch(token)
         if element is not None and element[1] in self.shapes:
             kind, shape = self.shapes[element[1]]
@@ -188,25 +157,40 @@ class _Names:
 
 @dataclass(slots=True)
 class _Cube:
-    """A conjunction: rows over outputs, and ends of the box, (i, sign) -> (value, strict) for sign X_i >= value, or >
-    where strict; the larger pair is the tighter end. `never` where the conjunction is plainly false."""
+    """A conjunction: rows over outputs; ends of the box, (i, 1) for the low one of X_i and (i, -1) for the high one.
+    `never` where it is plainly false."""
 
-    ends: dict[tuple[int, int], tuple[Fraction, bool]] = field(default_factory=dict)
+    ends: dict[tuple[int, int], End] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     never: bool = False
 
     def meet(self, other: "_Cube") -> None:
         for side, end in other.ends.items():
-            self.ends[side] = max(self.ends.get(side, end), end)
+            self.tighten(side, end)
         self.rows += other.rows
         self.never |= other.never
+
+    def tighten(self, side: tuple[int, int], end: End) -> None:
+        """One end more; the tighter one stays."""
+        known = self.ends.get(side)
+        if known is None or _above(end[0], known[0], side[1]) or (end[1] and not _above(known[0], end[0], side[1])):
+            self.ends[side] = end
+
+
+def _above(value: Number, other: Number, sign: int = 1) -> bool:
+    """value > other for sign 1, value < other for sign -1."""
+    if type(value) is not type(other):
+        value, other = Fraction(value), Fraction(other)
+    return value > other if sign > 0 else value < other
 
 
 def _gather(tree: Tree, names: _Names, cube: _Cube, choices: list[list[_Cube]]) -> None:
     """A formula's plain part joins `cube`; every `or` in it becomes one entry of `choices`."""
-    if isinstance(tree, str) or not isinstance(tree[0], str):
-        raise InputError(f"expected a constraint such as (<= Y_0 1.5), got {_short(tree)}")
-    if tree[0] == "and":
+    if isinstance(tree, Bound):
+        _bound(tree, names, cube)
+    elif isinstance(tree, str) or not isinstance(tree[0], str):
+        raise InputError(f"expected a constraint such as (<= Y_0 1.5), got {short(tree)}")
+    elif tree[0] == "and":
         for part in tree[1:]:
             _gather(part, names, cube, choices)
     elif tree[0] == "or":
@@ -215,8 +199,6 @@ def _gather(tree: Tree, names: _Names, cube: _Cube, choices: list[list[_Cube]]) 
             cube.meet(cubes[0])
         else:
             choices.append(cubes)
-    elif (end := _end(tree, names)) is not None:
-        cube.meet(end)
     else:
         _compare(tree, names, cube)
 
@@ -229,6 +211,8 @@ def _disjuncts(tree: Tree, names: _Names) -> list[_Cube]:
 
 def _products(plain: _Cube, choices: list[list[_Cube]]) -> list[_Cube]:
     """The plain part with one entry of each choice, in every combination."""
+    if not choices:
+        return [plain]
     count = math.prod(len(cubes) for cubes in choices)
     if count > _MOST:
         raise InputError(f"its disjunctions multiply to {count} cases; at most {_MOST} are checked, split the file")
@@ -241,14 +225,14 @@ def _products(plain: _Cube, choices: list[list[_Cube]]) -> list[_Cube]:
     return found
 
 
-def _end(tree: list[Tree], names: _Names) -> _Cube | None:
-    """(<= X_0 0.5) and the like, of which large files are made; None for any other constraint."""
-    if len(tree) != 3 or tree[0] not in _COMPARE or not isinstance(tree[1], str) or not isinstance(tree[2], str):
-        return None
-    if _NUMBER.fullmatch(tree[1]) or not _NUMBER.fullmatch(tree[2]):
-        return None
-    (kind, i), (sign, strict) = names.find(tree[1]), _COMPARE[tree[0]]
-    return _Cube({(i, -sign): (-sign * _number(tree[2]), strict)}) if kind == "X" else None
+def _bound(tree: Bound, names: _Names, cube: _Cube) -> None:
+    """(<= X_0 0.5), (> Y_1 2) and the like."""
+    sign, strict = _COMPARE[tree.operator]
+    kind, i = names.find(tree.variable)
+    if kind == "X":
+        cube.tighten((i, -sign), (_decimal(tree.number), strict))
+    else:
+        cube.rows.append(Row(((i, Fraction(sign)),), sign * _number(tree.number), strict))
 
 
 def _compare(tree: list[Tree], names: _Names, cube: _Cube) -> None:
@@ -262,7 +246,7 @@ def _compare(tree: list[Tree], names: _Names, cube: _Cube) -> None:
     if not signs:
         raise _no("operator", tree[0], ("and", "or", "<=", ">=", "<", ">", "="))
     if len(tree) != 3:
-        raise InputError(f"{tree[0]} compares two terms, got {_short(tree)}")
+        raise InputError(f"{tree[0]} compares two terms, got {short(tree)}")
     left, right = _linear(tree[1], names), _linear(tree[2], names)
     for sign, strict in signs:
         # The constraint as sign * (left - right) <= 0.
@@ -278,18 +262,18 @@ def _constrain(weights: Linear, strict: bool, cube: _Cube, tree: list[Tree]) -> 
     elif kinds == {"Y"}:
         cube.rows.append(Row(tuple(sorted((k, weight) for (_, k), weight in weights.items())), bound, strict))
     elif len(weights) > 1:
-        raise InputError(f"{_short(tree)}: expected a bound of one input, or a constraint of outputs alone")
+        raise InputError(f"{short(tree)}: expected a bound of one input, or a constraint of outputs alone")
     else:
         [((_, i), weight)] = weights.items()
-        cube.meet(_Cube({(i, -1 if weight > 0 else 1): (-bound / abs(weight), strict)}))
+        cube.tighten((i, -1 if weight > 0 else 1), (bound / weight, strict))
 
 
 def _linear(tree: Tree, names: _Names) -> Linear:
     if isinstance(tree, str):
-        return {_ONE: _number(tree)} if _NUMBER.fullmatch(tree) else {names.find(tree): Fraction(1)}
+        return {_ONE: _number(tree)} if NUMBER.fullmatch(tree) else {names.find(tree): Fraction(1)}
     head, parts = tree[0], [_linear(part, names) for part in tree[1:]]
     if not isinstance(head, str) or not parts:
-        raise InputError(f"expected a sum or a product, got {_short(tree)}")
+        raise InputError(f"expected a sum or a product, got {short(tree)}")
     if head == "+":
         return _sum(parts, 1)
     if head == "-":
@@ -302,11 +286,11 @@ def _linear(tree: Tree, names: _Names) -> Linear:
             else:
                 rest.append(part)
         if len(rest) > 1:
-            raise InputError(f"{_short(tree)}: a product of variables; only linear constraints are checked")
+            raise InputError(f"{short(tree)}: a product of variables; only linear constraints are checked")
         return _plus({}, rest[0] if rest else {_ONE: Fraction(1)}, factor)
     if head == "/" and len(parts) == 2:
         if not set(parts[1]) <= {_ONE} or not parts[1].get(_ONE):
-            raise InputError(f"{_short(tree)}: division by a variable or by zero; only linear constraints are checked")
+            raise InputError(f"{short(tree)}: division by a variable or by zero; only linear constraints are checked")
         return _plus({}, parts[0], 1 / parts[1][_ONE])
     raise _no("function", head, ("+", "-", "*", "/"))
 
@@ -331,60 +315,60 @@ def _number(token: str) -> Fraction:
     return Fraction(token)
 
 
+@lru_cache(maxsize=1 << 16)
+def _decimal(token: str) -> Decimal:
+    """Exact, as a fraction is, and ten times as fast."""
+    return Decimal(token)
+
+
 def _regions(inputs: int, always: _Cube, choices: list[list[_Cube]]) -> tuple[Region, ...]:
-    """One region for every box that some case names, with the conjunctions of all its cases."""
+    """One region for every box that some case names and that holds a point, with the conjunctions of all its cases."""
+    _upright(inputs, always)
     unsafe: dict[Any, list[tuple[Row, ...]]] = {}
-    for cube in _products(_Cube(rows=always.rows, never=always.never), choices):
+    for cube in _products(_Cube(rows=list(always.rows), never=always.never), choices):
         if not cube.never:
-            unsafe.setdefault(tuple(sorted(cube.ends.items())), []).append(tuple(cube.rows))
-    if not unsafe:
-        raise InputError("its constraints contradict each other whatever the network says; nothing is left to check")
+            unsafe.setdefault(tuple(cube.ends.items()), []).append(tuple(cube.rows))
     found = []
     for ends, conjunctions in unsafe.items():
         box = _Cube(dict(always.ends))
         box.meet(_Cube(dict(ends)))
         low, high = _sides(inputs, box, 1), _sides(inputs, box, -1)
-        empty = [i for i in range(inputs) if low[i] > high[i] or (low[i] == high[i] and _is_open(box, i))]
-        if not empty:
+        if not any(_holds_nothing(*pair) for pair in zip(low, high, strict=True)):
             sides = frozenset((i, sign < 0) for (i, sign), (_, strict) in box.ends.items() if strict)
-            found.append(Region(low, high, tuple(dict.fromkeys(conjunctions)), sides))
-        elif len(unsafe) == 1:
-            ends_of = f"lower bound {shown(low[empty[0]])} and upper bound {shown(high[empty[0]])}"
-            raise InputError(f"the box is inverted: input X_{empty[0]} has {ends_of}")
-    if not found:
-        raise InputError("every box in it is inverted: some lower bound lies above the upper bound")
+            first, last = tuple(value for value, _ in low), tuple(value for value, _ in high)
+            found.append(Region(first, last, tuple(dict.fromkeys(conjunctions)), sides))
     return tuple(found)
 
 
-def _sides(inputs: int, box: _Cube, sign: int) -> tuple[Fraction, ...]:
+def _upright(inputs: int, always: _Cube) -> None:
+    """Raises `InputError` for bounds outside of all disjunctions that are inverted: a slip, hardly what was meant."""
+    for i in range(inputs):
+        low, high = always.ends.get((i, 1)), always.ends.get((i, -1))
+        if low is not None and high is not None and _above(low[0], high[0]):
+            ends = f"lower bound {shown(low[0])} and upper bound {shown(high[0])}"
+            raise InputError(f"the box is inverted: input X_{i} has {ends}")
+
+
+def _holds_nothing(low: End, high: End) -> bool:
+    return not _above(high[0], low[0]) and (_above(low[0], high[0]) or low[1] or high[1])
+
+
+def _sides(inputs: int, box: _Cube, sign: int) -> list[End]:
     for i in range(inputs):
         if (i, sign) not in box.ends:
             side = "lower" if sign > 0 else "upper"
             raise InputError(f"input X_{i} has no {side} bound, so the box is infinite; expected both bounds for each")
-    return tuple(sign * box.ends[i, sign][0] for i in range(inputs))
-
-
-def _is_open(box: _Cube, i: int) -> bool:
-    return box.ends[i, 1][1] or box.ends[i, -1][1]
+    return [box.ends[i, sign] for i in range(inputs)]
 
 
 def _no(kind: str, name: object, valid: Sequence[str]) -> InputError:
-    return InputError(f'{kind} "{_short(name)}": {unknown(_short(name), valid).replace("key", kind)}')
+    return InputError(f'{kind} "{short(name)}": {unknown(short(name), valid).replace("key", kind)}')
 
 
-def shown(value: Fraction) -> str:
+def shown(value: Number) -> str:
     """A number for a message, as a float64 where it is not too large for one."""
-    try:
-        return repr(float(value))
-    except OverflowError:
-        return f"{Decimal(value.numerator) / value.denominator:.6g}"
-
-
-def _short(tree: Tree) -> str:
-    """A form as it was written, cut where it is long."""
-    text = tree if isinstance(tree, str) else _written(tree)
-    return text if len(text) <= 80 else f"{text[:79]}…"
-
-
-def _written(tree: Tree) -> str:
-    return tree if isinstance(tree, str) else f"({' '.join(_written(part) for part in tree)})"
+    with suppress(OverflowError):
+        if math.isfinite(float(value)):
+            return repr(float(value))
+    exact = Fraction(value)
+    return f"{Decimal(exact.numerator) / exact.denominator:.6g}"

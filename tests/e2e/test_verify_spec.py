@@ -70,6 +70,16 @@ def test_gzipped_files_and_a_proof(model: Path, tmp_path: Path) -> None:
     assert "2 cases" in done.stderr
 
 
+def test_a_contradiction_is_safe_and_its_cause_is_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, "(assert (<= Y_0 1))(assert (or (and (>= X_0 1) (<= Y_1 1)) (and (< X_2 -2) (<= Y_1 1))))")
+    assert main(["verify-spec", str(model), str(path), "--timeout", "240"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "unsat\n"
+    assert "the constraints contradict each other" in said.err
+
+
 def test_time_that_does_not_suffice_is_kept(model: Path, tmp_path: Path) -> None:
     """Nothing at all can be known in this time, not even whether the files are good."""
     start = time.monotonic()
