@@ -70,6 +70,7 @@ OPERATORS: dict[str, Operator] = {
     "Floor": _plain(torch.floor),
     "Gather": shapes.gather,
     "GatherElements": shapes.gather_elements,
+    "GatherND": shapes.gather_nd,
     "Gelu": values.gelu,
     "Gemm": values.gemm,
     "GlobalAveragePool": windows.global_average_pool,

@@ -126,6 +126,19 @@ def gather_elements(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
     return x.gather(axis, torch.where(indices < 0, indices + x.shape[axis], indices).to(x.device))
 
 
+def gather_nd(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
+    same, count = a.get("batch_dims", 0), indices.shape[-1]
+    sizes = torch.tensor(x.shape[: same + count], dtype=torch.int64)
+    places = torch.where(indices < 0, indices + sizes[same:], indices)
+    for axis in reversed(range(same)):  # an example's own index is one more index
+        own = torch.arange(int(sizes[axis])).view([-1, *[1] * (indices.dim() - axis - 1)])
+        places = torch.cat([own.expand(*indices.shape[:-1], 1), places], -1)
+    steps = sizes.flip(0).cumprod(0).flip(0).roll(-1)
+    steps[-1] = 1
+    taken = x.flatten(0, same + count - 1).index_select(0, (places * steps).sum(-1).flatten().to(x.device))
+    return taken.reshape((*indices.shape[:-1], *x.shape[same + count :]))
+
+
 def pad(
     a: Attributes, x: Tensor, pads: Tensor | None = None, value: Tensor | None = None, axes: Tensor | None = None
 ) -> Tensor:
