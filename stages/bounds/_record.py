@@ -32,6 +32,14 @@ _WHOLE = (
     _aten.adaptive_avg_pool2d.default,
     _aten._safe_softmax.default,
 )
+_SHUT = (
+    Tensor.numpy,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+    Tensor.data_ptr,
+    Tensor.untyped_storage,
+)
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 FLOATS = (torch.float32, torch.float64)
 
 
@@ -95,6 +103,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.output = ""
         state = (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False))
         self.stored = {f"net.{path}": path for path, _ in state}
+        self.read: set[str] = set()  # paths of stored values whose numbers decide what is recorded
+        self._roots = {name: {path} for name, path in self.stored.items()}
         self._names = {id(value): f"net.{path}" for path, value in state}
         self._parts: dict[int, tuple[str, int]] = {}
         self._alive: list[Any] = []  # a tensor that is gone may leave its id to another one
@@ -111,7 +121,14 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._names[id(image)] = "image"
         self.moving.add("image")
         self.shapes["image"] = image.shape
-        with torch.no_grad(), self._hooked(), _unfused(), _Closed(), _functional() as (wrapped, unwrapped), self:
+        with (
+            torch.no_grad(),
+            self._hooked(),
+            _unfused(),
+            _Closed(self.look),
+            _functional() as (wrapped, unwrapped),
+            self,
+        ):
             result = unwrapped(net(wrapped(image)))
         if not isinstance(result, Tensor):
             raise InputError(f"expected one output, the logits, got a {type(result).__name__}")
@@ -155,14 +172,13 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(result is arg for arg in args):
             return
         self._alive.append((args, kwargs, result))
+        self.look(*_looked_at(func, args))
+        if torch.Tag.data_dependent_output in func.tags:
+            return
         args, kwargs = self._refs(args), self._refs(dict(kwargs))
         kind = str(func.overloadpacket.__name__)
         op = Op(f"{kind}_{len(self.ops)}", kind, _callable(func), args, kwargs, self._place())
         moves = not self.moving.isdisjoint(op.reads())
-        if kind == "_local_scalar_dense":
-            if moves:
-                raise InputError("it reads the value of a pixel")
-            return
         if op.reads() and self.literals.keys() >= set(op.reads()):
             return  # known; what is read of it is a literal, so sizes may go through sums of sizes
         if moves and kind == "_to_copy" and kwargs.get("dtype") in FLOATS:
@@ -177,6 +193,13 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._names[id(result)] = op.result
         self._add(op, moves)
 
+    def look(self, *values: Tensor) -> None:
+        """The numbers in a value decide how the network goes on. Raises `InputError` where they are an image's."""
+        for name in map(self._name, values):
+            if name in self.moving:
+                raise InputError("it reads the value of a pixel")
+            self.read |= self._roots.get(name, set())
+
     def _place(self) -> str:
         """The path of the innermost module and, where it says so itself, the part of it that is at work."""
         if not self._inside:
@@ -186,6 +209,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _add(self, op: Op, moves: bool) -> None:
         self.ops.append(op)
+        self._roots[op.result] = set().union(*(self._roots.get(name, set()) for name in op.reads()))
         if moves:
             self.moving.add(op.result)
 
@@ -215,10 +239,18 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _Closed(TorchFunctionMode):
     """Ways out of torch that the dispatcher does not see are shut: what comes back would be taken for a constant."""
 
+    def __init__(self, look: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.look = look
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
-        if func in (Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage):
+        if func in _SHUT:
             raise InputError(f"it reads the value of a pixel by {func.__name__}")
+        if func is Tensor.tolist and type(args[0]) in (Tensor, nn.Parameter):  # nothing else lets it through
+            self.look(args[0])
+        if func is _DATA:
+            func = Tensor.detach  # the same, seen by the dispatcher
         return func(*args, **kwargs or {})
 
 
@@ -266,6 +298,18 @@ def _lies_so(value: Tensor, size: Sequence[int], stride: Sequence[int], offset: 
     """Whether `as_strided` changes nothing but strides over dimensions of one entry."""
     laid = zip(value.shape, value.stride(), stride, strict=True)
     return list(value.shape) == list(size) and not offset and all(n == 1 or a == b for n, a, b in laid)
+
+
+def _looked_at(func: Any, args: Any) -> list[Tensor]:
+    """The tensors whose numbers decide what else is recorded: read out, or the size of a result depends on them."""
+    if torch.Tag.data_dependent_output in func.tags:
+        return [arg for arg in args if isinstance(arg, Tensor)]
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return []
+    masks = (
+        [i for i in args[1] if isinstance(i, Tensor) and i.dtype == torch.bool] if func is _aten.index.Tensor else args
+    )
+    return [arg for arg in masks if isinstance(arg, Tensor)]
 
 
 def _callable(func: Any) -> Callable[..., Any]:

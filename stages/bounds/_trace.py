@@ -38,7 +38,8 @@ class Trace:
     `strides` says whom an entry of a moving value belongs to: entry i of the value, counted row by row, is one of
     example (i // stride) mod B. A value is missing there if its place of the batch cannot be followed.
     `masks` names constants that nothing but a softmax sees, which may hold -inf as a mask. `entries` is how many a
-    moving value has for an image; of several results, the first has.
+    moving value has for an image; of several results, the first has. `read` are the paths of parameters and buffers of
+    which the network reads numbers on its way (`.item()`, a condition), so that others may lead another way.
     """
 
     ops: tuple[Op, ...]
@@ -50,6 +51,7 @@ class Trace:
     strides: Mapping[str, int]
     masks: frozenset[str]
     entries: Mapping[str, int]
+    read: frozenset[str]
 
     def stride(self, name: str) -> int:
         """Raises `InputError` where it is not known which of a value's entries belong to which image."""
@@ -62,13 +64,16 @@ class Trace:
     def constants(self, net: nn.Module) -> dict[str, Any]:
         """Every value that does not depend on the images, computed in the precision that the network computes it in."""
         values: dict[str, Any] = dict(self.literals)
-        for name, path in self.stored.items():
-            owner, _, leaf = path.rpartition(".")
-            values[name] = getattr(net.get_submodule(owner), leaf)
+        values |= {name: _stored(net, path) for name, path in self.stored.items()}
         for op in self.ops:
             if op.result not in self.moving:
                 values[op.result] = op.target(*fill(op.args, values), **fill(dict(op.kwargs), values))
         return {name: _unmasked(value) if name in self.masks else value for name, value in values.items()}
+
+
+def _stored(net: nn.Module, path: str) -> Any:
+    owner, _, leaf = path.rpartition(".")
+    return getattr(net.get_submodule(owner), leaf)
 
 
 def _unmasked(value: Any) -> Any:
@@ -76,23 +81,29 @@ def _unmasked(value: Any) -> Any:
     return value.clamp(min=MASKED) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-_kept: WeakKeyDictionary[nn.Module, tuple[object, Trace]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, tuple[object, Trace, dict[str, Tensor]]] = WeakKeyDictionary()
 _REGISTERED = {"_parameters", "_buffers", "_modules"}
 
 
 def trace(net: nn.Module, image: Tensor) -> Trace:
     """The trace of `net` for images [B, ...] of the shape and type of `image`, for any B.
 
-    Kept per network and made anew when a module, a shape, a hook or an attribute of a module has changed. Raises
-    `InputError` where the network cannot be followed (control flow on pixel values, say).
+    Kept per network and made anew when a module, a shape, a hook, an attribute of a module or a weight that the network
+    reads numbers of (`Trace.read`) has changed. Raises `InputError` where the network cannot be followed (control flow
+    on pixel values, say).
     """
     for name, value in (*net.named_parameters(), *net.named_buffers()):
         if value.is_floating_point() and value.dtype not in FLOATS:
             raise InputError(f'bounds: "{name}" is {value.dtype}; they cover float32 and float64 alone: call .float()')
     state = _fingerprint(net, image)
     kept = _kept.get(net)
-    if kept is None or kept[0] != state:
-        kept = (state, _followed(net, image))
+    if (
+        kept is None
+        or kept[0] != state
+        or not all(torch.equal(_stored(net, path), was) for path, was in kept[2].items())
+    ):
+        found = _followed(net, image)
+        kept = (state, found, {path: _stored(net, path).detach().clone() for path in found.read})
         _kept[net] = kept
     return kept[1]
 
@@ -210,7 +221,16 @@ def _joined(few: Recording, many: Recording) -> Trace:
     moving = [op.result for op in ops if op.result in joint.moving and not op.counts]
     entries = {name: math.prod(few.shapes[name]) // _COUNTS[0] for name in ("image", *moving)}
     return Trace(
-        tuple(ops), "image", few.output, stored, literals, frozenset(joint.moving), strides, frozenset(masks), entries
+        tuple(ops),
+        "image",
+        few.output,
+        stored,
+        literals,
+        frozenset(joint.moving),
+        strides,
+        frozenset(masks),
+        entries,
+        frozenset(few.read | many.read),
     )
 
 

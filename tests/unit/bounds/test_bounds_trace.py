@@ -177,3 +177,40 @@ def test_weights_that_part_are_read_apart() -> None:
     trace(net, x)
     net[1].weight = nn.Parameter(torch.ones(3, 3), requires_grad=False)
     assert torch.allclose(replayed(net, x), net(x))
+
+
+class Reading(nn.Module):
+    def __init__(self, read: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.net, self.scale, self.read = nn.Linear(3, 2), nn.Parameter(torch.tensor([2.0, 1.0])), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x.relu()) * self.read(self.scale)
+        return y
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w: w[0].item(),
+        lambda w: float(w.detach().sum()),
+        lambda w: 2.0 if bool((w > 1.5).any()) else -1.0,
+        lambda w: w.tolist()[0],
+        lambda w: (w * 2).tolist()[0],
+        lambda w: w.data[0],
+        lambda w: 1.0 if torch.equal(w, torch.tensor([2.0, 1.0])) else -1.0,
+        lambda w: len((w > 1.5).nonzero()),
+        lambda w: len(w[w > 1.5]),
+    ],
+)
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_weight_that_decides_the_way_makes_the_trace_anew(read: Callable[[Tensor], object], anew: bool) -> None:
+    net, x = Reading(read).eval().requires_grad_(False), torch.rand(2, 3)
+    before = trace(net, x)
+    net.net.weight.add_(1.0)
+    assert trace(net, x) is before
+    if anew:
+        net.scale = nn.Parameter(torch.tensor([-3.0, 0.0]), requires_grad=False)
+    else:
+        net.scale.copy_(torch.tensor([-3.0, 0.0]))
+    assert torch.allclose(replayed(net, x), net(x))
