@@ -152,10 +152,14 @@ class Chain:
             here = waiting.pop(self.graph.input)
             if watch is not None:
                 watch[self.graph.input] = here
-            total = total + self.ends.least(here, 4 * self.own * self.reads[self.graph.input])
+            total = total + self.ends.least(here, self.input_loss())
         for operand, here in waiting.items():
             total = total + self._inside(operand, here[0] if isinstance(here, dict) else here)
         return total
+
+    def input_loss(self) -> float:
+        """What adding up the coefficients of the input's several readers may lose of |a|^T |x|."""
+        return 4 * self.own * self.reads[self.graph.input]
 
     def _pushed(self, name: str, pulled: _linear.Pulled, more: Tensor) -> Tensor:
         """Adds `more` to the coefficients of a value; [R, B]: its offset and slack, less what the sum may lose."""

@@ -1,17 +1,34 @@
 """CROWN for few inputs: boxes cut by linear functions carried forward first, then backward where a sign stays open."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from stages.bounds import _sweep
 from stages.bounds._backward import Chain
 from stages.bounds._forward import Bands
-from stages.bounds._interval import UNITS, outward
+from stages.bounds._interval import DOUBLE, TINY, UNITS, gamma, outward
 from stages.bounds.base import Box, Certifier
 from stages.bounds.ibp import check
+
+
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """rows @ logits >= slopes @ x[free] + offset at every point x of the box; `lower` bounds it on all of the box.
+
+    lower and offset float64 [B, R], slopes float64 [B, R, F]; free int64 [F] are the entries of the flat image that are
+    not fixed in every box.
+    """
+
+    lower: Tensor
+    offset: Tensor
+    slopes: Tensor
+    free: Tensor
 
 
 class CrownForward(Certifier):
@@ -29,12 +46,49 @@ class CrownForward(Certifier):
     memory: float = Field(default=2.0, gt=0)
 
     def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
+        def lower(some: Box, theirs: Tensor) -> Tensor:
+            chain = self._chain(net, some)
+            return outward(_sweep.logits(chain, theirs, self.memory), theirs.dtype, -float("inf"))
+
+        return self._grouped(net, box, rows, lower)
+
+    def planes(self, net: nn.Module, box: Box, rows: Tensor) -> Planes:
+        """The linear functions whose least values are the bounds. Raises what `lower` raises."""
+        fixed = (box.low == box.high).flatten(1).all(0)
+        found = self._grouped(net, box, rows, partial(self._planes, net, fixed))
+        return Planes(found[..., 0], found[..., 1], found[..., 2:], (~fixed).nonzero().squeeze(1))
+
+    def _grouped(self, net: nn.Module, box: Box, rows: Tensor, lower: Callable[[Box, Tensor], Tensor]) -> Tensor:
         check(box, rows)
         double = self.double or self.arithmetic == "real"
         columns = 1 + int((box.low < box.high).flatten(1).any(0).sum())
-        return _sweep.grouped(net, box, rows, partial(self._lower, net), self.memory, double, _sweep.COPIES * columns)
+        return _sweep.grouped(net, box, rows, lower, self.memory, double, _sweep.COPIES * columns)
 
-    def _lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
+    def _planes(self, net: nn.Module, fixed: Tensor, box: Box, rows: Tensor) -> Tensor:
+        """[B, R, 2 + F]: lower bound, offset and slopes."""
+        chain = self._chain(net, box)
+        size = torch.maximum(box.low.abs(), box.high.abs()).double().flatten(1)
+        held = torch.where(fixed, box.low.double().flatten(1), 0.0)
+        parts: list[Tensor] = []
+
+        def bound(chain: Chain, name: str, some: Tensor) -> Tensor:
+            watch: dict[str, Tensor] = {}
+            least = chain.bound(name, some, watch=watch)
+            slopes = watch.get(chain.graph.input, some.new_zeros(len(some), *box.low.shape))
+            loss = chain.input_loss()
+            moved = chain.ends.least(slopes, loss)
+            flat = slopes.flatten(2).double()
+            # What the transposes may lose at each entry of x, and what the difference loses in float64.
+            lost = (loss + gamma(flat.shape[2] + 8, DOUBLE)) * (flat.abs() * size).sum(2)
+            lost = lost + 8 * DOUBLE * (least.abs() + moved.abs()) + TINY
+            offset = least - moved - lost + (flat * held).sum(2)
+            parts.append(torch.cat([offset.unsqueeze(2), flat[..., ~fixed]], 2))
+            return least
+
+        lower = _sweep.logits(chain, rows, self.memory, bound)
+        return torch.cat([lower.unsqueeze(2), torch.cat(parts).transpose(0, 1)], 2)
+
+    def _chain(self, net: nn.Module, box: Box) -> Chain:
         chain = Chain(net, box, UNITS[self.arithmetic], self.double or self.arithmetic == "real")
         bands = Bands(chain)
         for op in chain.graph.ops:
@@ -44,4 +98,4 @@ class CrownForward(Certifier):
                     _sweep.tighten(chain, op, self.memory)
                 chain.follow(op)
                 bands.follow(op)
-        return outward(_sweep.logits(chain, rows, self.memory), rows.dtype, -float("inf"))
+        return chain

@@ -1,11 +1,13 @@
 """The proof: cases refuted by bounds on whole regions, the cheapest bounds first, then on ever smaller boxes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from stages.bounds._interval import DOUBLE, TINY, gamma, outward
 from stages.bounds.base import Box, Certifier
+from stages.bounds.crown_forward import CrownForward, Planes
 from stages.verification.cases import Array, Cases
 from stages.verification.clock import Clock
 from stages.verification.falsify import Hunt
@@ -42,35 +44,46 @@ def on_regions(net: nn.Module, cases: Cases, still: Tensor, certifier: Certifier
 
 @dataclass(frozen=True, slots=True)
 class Boxes:
-    """Sub-boxes float32 [M, n] of regions int64 [M], and the cases of their region that are open there, bool [M, J]."""
+    """Sub-boxes float32 [M, n] of regions int64 [M], and the cases of their region that are open there, bool [M, J].
+
+    `telling` float32 [M, n]: how much the bounds of the box, or of the one it was cut from, depend on each input.
+    """
 
     low: Tensor
     high: Tensor
     region: Tensor
     still: Tensor
+    telling: Tensor
 
     def __getitem__(self, rows: Tensor | slice) -> "Boxes":
-        return Boxes(self.low[rows], self.high[rows], self.region[rows], self.still[rows])
+        return Boxes(*(getattr(self, name)[rows] for name in Boxes.__slots__))
 
     def __len__(self) -> int:
         return len(self.low)
+
+    @staticmethod
+    def joined(parts: list["Boxes"]) -> "Boxes":
+        return Boxes(*(torch.cat([getattr(part, name) for part in parts]) for name in Boxes.__slots__))
 
 
 @dataclass(slots=True)
 class Splitting:
     """Branch and bound over the inputs: a box in which a case stays open is cut in two across its most telling side.
 
-    Bounds are `quick`; where many miss by less than `_CLOSE` of the outputs' size, `exact` ones are formed for those.
-    Telling is the side with the largest |d g / d x_i| times width, with g the distance to being met of the nearest open
-    case and the gradient taken in the middle of the box. Boxes are bounded many at once, the newest first, so that
-    memory stays small; between chunks a few descents look for a witness in the boxes that are most open. A box whose
-    every side is one step of float32 is not cut any further; then the answer stays open.
+    A case is met only where all its rows A x + c, below what the network answers, are at most their bounds: so a box is
+    first clipped to what such half-spaces leave of it, the smallest box round all that is left for some open case
+    (interval contraction, Jaulin et al. 2001, section 4.2). Telling is the side with the largest |A_i| times width, the
+    row of each open case that is nearest to refuting it counted. Bounds are `quick`; where many miss by less than
+    `_CLOSE` of the outputs' size, `exact` ones are formed for those. Boxes are bounded many at once, the newest first,
+    so that memory stays small; few are cut again before they are bounded. Between chunks a few descents look for a
+    witness in the boxes that are most open. A box whose every side is one step of float32 is not cut any further; then
+    the answer stays open.
     """
 
     net: nn.Module
     cases: Cases
-    quick: Certifier
-    exact: Certifier
+    quick: CrownForward
+    exact: CrownForward
     hunt: Hunt
     boxes: int = 0
     chunk: int = 512
@@ -80,26 +93,27 @@ class Splitting:
         """Whether every case int64 `still` was refuted everywhere, and the witness if one was met on the way."""
         cases_of, todo = self._begin(still)
         complete = True
-        while complete and len(todo) < _FIRST:  # a chunk of few boxes takes as long as one of many
-            todo, complete = self._halves(todo, cases_of[todo.region])
         stack = [todo]
         while stack and clock.left() > 0:
             some = self._pop(stack)
             began = clock.spent()
-            met = cases_of[some.region]  # [B, J]
-            bounds = self.cases.bounds[met]
-            lower = self._lower(some, bounds)
-            some = Boxes(some.low, some.high, some.region, some.still & ~refuted(lower.unsqueeze(1), bounds))
             self.boxes += len(some)
+            bounds = self.cases.bounds[cases_of[some.region]]  # [B, J, U]
+            asked = bounds.isfinite().any(1).any(0).nonzero().squeeze(1)
+            bounds = bounds[..., asked]
+            found = self._planes(some, asked, bounds)
+            some = clipped(some, found, bounds)
             keep = some.still.any(1)
-            some, met, gap = some[keep], met[keep], (bounds - lower.unsqueeze(1)).amin(2)[keep]
+            some, gap = some[keep], (bounds - found.lower.unsqueeze(1)).amin(2)[keep]
             if len(some):
-                halves, cut = self._halves(some, met)
-                complete &= cut
-                stack.append(halves)
-                witness = self._look(some, met, gap, clock)
+                witness = self._look(some, cases_of[some.region], gap, clock)
                 if witness is not None:
                     return False, witness
+                some, cut = halves(some)
+                while cut and len(some) < _FIRST and not stack:  # few boxes take as long as many
+                    some, cut = halves(some)
+                complete &= cut
+                stack.append(some)
             self._pace(clock.spent() - began)
         return complete and not stack, None
 
@@ -114,7 +128,8 @@ class Splitting:
             cases_of[g] = cases[-1]
             cases_of[g, : len(cases)] = cases
             real[place, : len(cases)] = True
-        return cases_of, Boxes(self.cases.low[regions], self.cases.high[regions], regions, real)
+        low, high = self.cases.low[regions], self.cases.high[regions]
+        return cases_of, Boxes(low, high, regions, real, torch.zeros_like(low))
 
     def _pop(self, stack: list[Boxes]) -> Boxes:
         """The newest boxes, at most a chunk of them."""
@@ -126,55 +141,24 @@ class Splitting:
                 top = top[len(top) - room :]
             parts.append(top)
             room -= len(top)
-        return Boxes(
-            torch.cat([part.low for part in parts]),
-            torch.cat([part.high for part in parts]),
-            torch.cat([part.region for part in parts]),
-            torch.cat([part.still for part in parts]),
-        )
+        return Boxes.joined(parts)
 
-    def _lower(self, some: Boxes, bounds: Tensor) -> Tensor:
-        """[B, U]; -inf for rows that no case asks for."""
-        asked = bounds.isfinite().any(1).any(0).nonzero().squeeze(1)
-        lower = some.low.new_full((len(some), len(self.cases.rows)), -torch.inf, dtype=torch.float64)
+    def _planes(self, some: Boxes, asked: Tensor, bounds: Tensor) -> Planes:
+        """Of the rows int64 [U] that cases ask for."""
         with torch.no_grad():
             rows = self.cases.rows[asked]
-            lower[:, asked] = self.quick.lower(self.net, Box(some.low, some.high), rows.expand(len(some), -1, -1))
-            short = torch.where(some.still, (bounds - lower.unsqueeze(1)).amin(2), -torch.inf).amax(1)
+            found = self.quick.planes(self.net, Box(some.low, some.high), rows.expand(len(some), -1, -1))
+            short = torch.where(some.still, (bounds - found.lower.unsqueeze(1)).amin(2), -torch.inf).amax(1)
             size = (self.net(some.low).double() @ rows.T).abs().amax(1)
             close = ((short >= 0) & (short < _CLOSE * size)).nonzero().squeeze(1)
             if len(close) > len(some) / 8:
                 again = Box(some.low[close], some.high[close])
-                lower[close.unsqueeze(1), asked] = self.exact.lower(self.net, again, rows.expand(len(close), -1, -1))
-        return lower
-
-    def _halves(self, some: Boxes, met: Tensor) -> tuple[Boxes, bool]:
-        """Both halves of every box that can be cut, and whether all could."""
-        middle = some.low + (some.high - some.low) / 2
-        width = torch.where((middle > some.low) & (middle < some.high), some.high - some.low, 0.0)
-        telling = width * (self._slope(middle, some.still, met).abs() + 1e-12)
-        side = torch.where(telling.amax(1, keepdim=True) > 0, telling, width).argmax(1, keepdim=True)
-        can = width.gather(1, side).squeeze(1) > 0
-        at = middle.gather(1, side)
-        left = Boxes(some.low, some.high.scatter(1, side, at), some.region, some.still)[can]
-        right = Boxes(some.low.scatter(1, side, at), some.high, some.region, some.still)[can]
-        both = Boxes(
-            torch.cat([left.low, right.low]),
-            torch.cat([left.high, right.high]),
-            left.region.repeat(2),
-            left.still.repeat(2, 1),
-        )
-        return both, bool(can.all())
-
-    def _slope(self, x: Tensor, still: Tensor, met: Tensor) -> Tensor:
-        """[B, n]: the gradient of the nearest open case's distance to being met."""
-        point = x.clone().requires_grad_()
-        with torch.enable_grad():
-            values = self.net(point).double() @ self.cases.rows.T
-            far = (values.unsqueeze(1) - self.cases.bounds[met]).amax(2)
-            nearest = torch.where(still, far, torch.inf).amin(1)
-            (slope,) = torch.autograd.grad(nearest.sum(), point)
-        return slope.nan_to_num(0.0)
+                better = self.exact.planes(self.net, again, rows.expand(len(close), -1, -1))
+                for old, new in zip((found.lower, found.offset), (better.lower, better.offset), strict=True):
+                    old[close] = new
+                found.slopes[close] = 0.0
+                found.slopes[close.unsqueeze(1), :, better.free] = better.slopes.transpose(1, 2)
+        return found
 
     def _look(self, some: Boxes, met: Tensor, gap: Tensor, clock: Clock) -> Array | None:
         """A witness from short descents in the boxes whose bounds leave the most room; a fifth of the time at most."""
@@ -193,3 +177,51 @@ class Splitting:
             self.chunk = min(2 * self.chunk, _LARGEST)
         elif seconds > 2 * _SLOW and self.chunk > _CHUNK:
             self.chunk //= 2
+
+
+def clipped(some: Boxes, found: Planes, bounds: Tensor) -> Boxes:
+    """Every box cut down to a box that holds all its points where an open case can be met; bounds are [B, J, U].
+
+    A x + c <= b leaves of side i what A_i x_i <= b - c - min sum_{k != i} A_k x_k allows. In float64, what is left
+    moved outward by what that may lose, then to float32.
+    """
+    free = found.free
+    low, high = some.low[:, free].double(), some.high[:, free].double()
+    ends = torch.stack([found.slopes * low.unsqueeze(1), found.slopes * high.unsqueeze(1)])
+    least, size = ends.amin(0).sum(2) + found.offset, ends.abs().amax(0).sum(2) + found.offset.abs()
+    steep = found.slopes.abs().clamp(min=TINY)
+    left = (torch.full_like(low, torch.inf), torch.full_like(high, -torch.inf))
+    still, near = [], torch.zeros_like(low)
+    for mine, open_ in zip(bounds.unbind(1), some.still.unbind(1), strict=True):
+        room = mine - least + 4 * gamma(len(free) + 16, DOUBLE) * (size + mine.abs())
+        step = room.unsqueeze(2) / steep
+        step = step + 4 * DOUBLE * (step.abs() + low.abs().unsqueeze(1) + high.abs().unsqueeze(1))
+        below = torch.where(found.slopes < 0, high.unsqueeze(1) - step, -torch.inf).amax(1)
+        above = torch.where(found.slopes > 0, low.unsqueeze(1) + step, torch.inf).amin(1)
+        below, above = torch.maximum(below, low), torch.minimum(above, high)
+        can = open_ & ~refuted(found.lower, mine) & (below <= above).all(1)
+        still.append(can)
+        left = (
+            torch.where(can.unsqueeze(1), torch.minimum(below, left[0]), left[0]),
+            torch.where(can.unsqueeze(1), torch.maximum(above, left[1]), left[1]),
+        )
+        nearest = (found.lower - mine).argmax(1)
+        near = near + can.unsqueeze(1) * found.slopes[torch.arange(len(low)), nearest].abs()
+    new_low, new_high, telling = some.low.clone(), some.high.clone(), torch.zeros_like(some.low)
+    new_low[:, free] = outward(left[0], some.low.dtype, -torch.inf).clamp(low, high).float()
+    new_high[:, free] = outward(left[1], some.high.dtype, torch.inf).clamp(low, high).float()
+    telling[:, free] = near.float()
+    return replace(some, low=new_low, high=new_high, still=torch.stack(still, 1), telling=telling)
+
+
+def halves(some: Boxes) -> tuple[Boxes, bool]:
+    """Both halves of every box that can be cut, across the most telling side, and whether all could."""
+    middle = some.low + (some.high - some.low) / 2
+    width = torch.where((middle > some.low) & (middle < some.high), some.high - some.low, 0.0)
+    telling = width * (some.telling + 1e-12)
+    side = torch.where(telling.amax(1, keepdim=True) > 0, telling, width).argmax(1, keepdim=True)
+    can = width.gather(1, side).squeeze(1) > 0
+    at = middle.gather(1, side)
+    left = replace(some, high=some.high.scatter(1, side, at))[can]
+    right = replace(some, low=some.low.scatter(1, side, at))[can]
+    return Boxes.joined([left, right]), bool(can.all())

@@ -1,0 +1,90 @@
+"""Boxes clipped to where a case can still be met: no point that meets it, in float32 as executed, is left out."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stages.bounds.base import Box
+from stages.bounds.crown_forward import CrownForward
+from stages.seeding import generator
+from stages.verification.prove import Boxes, clipped
+
+_INPUTS, _OUTPUTS, _BOXES, _POINTS = 3, 3, 6, 300
+_CASES = 2
+
+
+def networks(seed: int) -> nn.Module:
+    rng = generator(seed, "net")
+    layers = [nn.Linear(_INPUTS, 8), nn.Linear(8, 8), nn.Linear(8, _OUTPUTS)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=rng) * (2 / layer.in_features) ** 0.5)
+            layer.bias.copy_(torch.randn(layer.bias.shape, generator=rng))
+    bend = (nn.ReLU, nn.Tanh, nn.Identity)[seed % 3]  # without a bend the half-spaces are exact
+    return nn.Sequential(layers[0], bend(), layers[1], bend(), layers[2]).eval()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("double", [False, True])
+def test_no_point_that_meets_a_case_is_clipped_away(seed: int, double: bool) -> None:
+    net, rng = networks(seed), generator(seed, "boxes")
+    low = torch.randn(_BOXES, _INPUTS, generator=rng)
+    low[:, 2] = 0.5  # an input that is fixed
+    high = low + torch.tensor([1.0, 0.5, 0.0]) * torch.rand(_BOXES, 1, generator=rng)
+    x = low.unsqueeze(1) + torch.rand(_BOXES, _POINTS, _INPUTS, generator=rng) * (high - low).unsqueeze(1)
+    rows = torch.randint(-2, 3, (_OUTPUTS, _OUTPUTS), generator=rng).double() + 3 * torch.eye(_OUTPUTS)
+    with torch.no_grad():
+        values = net(x).double() @ rows.T  # [B, P, U]
+        bounds = torch.full((_BOXES, _CASES, _OUTPUTS), torch.inf, dtype=torch.float64)
+        bounds[:, 0, :2] = values[..., :2].quantile(0.15, 1)
+        bounds[:, 1, 2] = values[..., 2].quantile(0.02, 1)
+        found = CrownForward(double=double).planes(net, Box(low, high), rows.expand(_BOXES, -1, -1))
+        some = Boxes(
+            low, high, torch.zeros(_BOXES), torch.ones(_BOXES, _CASES, dtype=torch.bool), torch.zeros_like(low)
+        )
+        left = clipped(some, found, bounds)
+        assert (left.high - left.low).sum() < (high - low).sum()
+        for case in range(_CASES):
+
+            def meets(points: Tensor, case: int = case) -> Tensor:
+                met: Tensor = (net(points).double() @ rows.T <= bounds[:, case].unsqueeze(1)).all(2)
+                return met
+
+            for points in (x, *farthest(x, low, high, meets)):
+                inside = ((points >= left.low.unsqueeze(1)) & (points <= left.high.unsqueeze(1))).all(2)
+                assert (inside & left.still[:, case].unsqueeze(1) | ~meets(points)).all()
+
+
+def farthest(x: Tensor, low: Tensor, high: Tensor, meets: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Points that meet the case moved along every side, either way, as far as they still do."""
+    found = []
+    for side in range(_INPUTS):
+        for end in (low, high):
+            stays, goes = x.clone(), x.clone()
+            goes[..., side] = end[:, side].unsqueeze(1)
+            for _ in range(30):
+                middle = (stays + goes) / 2
+                met = meets(middle).unsqueeze(2)
+                stays, goes = torch.where(met, middle, stays), torch.where(met, goes, middle)
+            found.append(stays)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_plane_stays_below_and_reaches_the_bound(seed: int) -> None:
+    net, rng = networks(seed), generator(seed, "planes")
+    low = torch.rand(4, _INPUTS, generator=rng)
+    high = low + 0.02 * torch.rand(4, _INPUTS, generator=rng)
+    rows = torch.eye(_OUTPUTS, dtype=torch.float64).expand(4, -1, -1)
+    with torch.no_grad():
+        found = CrownForward().planes(net, Box(low, high), rows)
+        ends = torch.where(found.slopes > 0, low.unsqueeze(1), high.unsqueeze(1))
+        least = (found.slopes * ends).sum(2) + found.offset
+        assert (least <= found.lower + 1e-12).all()
+        torch.testing.assert_close(least, found.lower, rtol=0, atol=1e-4)
+        share = torch.rand(500, 4, _INPUTS, generator=rng)
+        x = torch.cat([low + share * (high - low), ends.float().transpose(0, 1)])
+        plane = torch.einsum("pbn,brn->pbr", x.double(), found.slopes) + found.offset
+        assert (plane <= net(x).double()).all()
