@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.bounds import _attention, _norms
+from stages.bounds import _attention, _norms, _waves
 from stages.bounds._interval import FOLDED, TINY, Interval, Rounding, bounded, high_ends, low_ends
 from stages.bounds._trace import Op
 from stages.method import InputError
@@ -383,6 +383,7 @@ _RULES: dict[str, Callable[[Op, tuple[Any, ...], dict[str, Any], Rounding], Any]
     "reciprocal": _reciprocal,
     "round": _round,
     "softplus": _softplus,
+    **_waves.RULES,
     "pow": _pow,
     "sqrt": _root,
     "rsqrt": _root,

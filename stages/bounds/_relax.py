@@ -269,6 +269,8 @@ _CURVES = {
     "tanh": Curve(0.77),
     "erf": Curve(0.97),
     "silu": Curve(0.501),
+    "sin": Curve(1.0),
+    "cos": Curve(1.0),
     "gelu": Curve(0.85),
     "exp": Curve(lambda x: x.high.double().exp()),
     "mul": Curve(2.0),

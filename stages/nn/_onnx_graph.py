@@ -14,10 +14,12 @@ from torch import Tensor
 
 from stages.method import InputError
 from stages.nn._onnx_ops import OPERATORS, objection
+from stages.nn._onnx_resize import NEWER, OLDER
 
 LOGITS = "logits"
 _OLDEST = 7
 _JOINT = 13  # before it, softmax was over all axes from `axis` on
+_ASYMMETRIC = 10  # up to it, images were resized in one way
 _SMALL = 1 << 16
 _DOMAINS = ("", "ai.onnx")
 _TYPES = {"float32", "float64", "int64", "int32", "int16", "uint16", "int8", "uint8", "bool"}
@@ -33,7 +35,7 @@ def loaded(source: Path | bytes, where: str, output: str | None = None) -> onnx.
     """
     try:
         model = onnx.load(source) if isinstance(source, Path) else onnx.load_model_from_string(source)
-        onnx.checker.check_model(source if isinstance(source, Path) else model)
+        _check(source, model)
     except OSError as error:
         raise InputError(f"{where}: cannot be read: {error.strerror or error}") from error
     except (DecodeError, onnx.checker.ValidationError) as error:
@@ -47,6 +49,20 @@ def loaded(source: Path | bytes, where: str, output: str | None = None) -> onnx.
         graph.output.extend(chosen)
     _drop_unread(graph)
     return model
+
+
+def _check(source: Path | bytes, model: onnx.ModelProto) -> None:
+    """As the standard has it, but for shapes of outputs, which some exporters leave out and nobody here reads."""
+    open_ended = [
+        value.type.tensor_type for value in model.graph.output if not value.type.tensor_type.HasField("shape")
+    ]
+    for kind in open_ended:
+        kind.shape.SetInParent()
+    try:
+        onnx.checker.check_model(source if isinstance(source, Path) and not open_ended else model)
+    finally:
+        for kind in open_ended:
+            kind.ClearField("shape")
 
 
 def without_softmax(model: onnx.ModelProto) -> bool:
@@ -144,6 +160,8 @@ def attributes(node: onnx.NodeProto, opset: int) -> dict[str, Any]:
         found.setdefault("num_outputs", len(node.output))  # before opset 18 the outputs themselves say so
     if node.op_type in ("Softmax", "LogSoftmax") and opset < _JOINT:
         found = {"axis": 1, "joint": 1, **found}
+    if node.op_type in ("Resize", "Upsample"):
+        found = {**(NEWER if node.op_type == "Resize" and opset > _ASYMMETRIC else OLDER), **found}
     return {name: constant(value) if isinstance(value, onnx.TensorProto) else value for name, value in found.items()}
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stages.nn import _onnx_resize as sizes
 from stages.nn import _onnx_shapes as shapes
 from stages.nn import _onnx_values as values
 from stages.nn import _onnx_windows as windows
@@ -119,6 +120,7 @@ OPERATORS: dict[str, Operator] = {
     "ReduceSumSquare": values.reduction(lambda x, axes, keep: x.square().sum(axes, keep), torch.square),
     "Relu": _plain(torch.relu),
     "Reshape": shapes.reshape,
+    "Resize": sizes.resize,
     "Round": _plain(torch.round),
     "Selu": values.selu,
     "Shape": shapes.shape,
@@ -143,6 +145,7 @@ OPERATORS: dict[str, Operator] = {
     "Transpose": shapes.transpose,
     "Trilu": shapes.trilu,
     "Unsqueeze": shapes.unsqueeze,
+    "Upsample": sizes.upsample,
     "Where": shapes.where,
     "Xor": _plain(torch.logical_xor),
 }
@@ -161,6 +164,8 @@ def objection(operator: str, attributes: Attributes, constants: Sequence[Tensor 
         return "it normalises every pixel on its own (spatial is 0), which newer opsets do not know"
     if operator == "Cast" and not shapes.castable(attributes["to"]):
         return f"ONNX type {attributes['to']}; expected a float, an integer of 32 or 64 bits, or a bool"
+    if operator in {"Resize", "Upsample"}:
+        return sizes.objection(attributes)
     if operator in {"QuantizeLinear", "DequantizeLinear"} and attributes.get("block_size", 0):
         return "it has one scale per block; quantise per tensor or per channel"
     if operator == "QuantizeLinear" and len(constants) > 2:

@@ -26,6 +26,8 @@ SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
     "layer_norm": lambda x: F.layer_norm(x, (6,), _W.to(x), _W.flip(0).to(x)),
     "layer_norm, two dimensions": lambda x: F.layer_norm(x, (2, 6)),
     "normalised by hand": lambda x: x / ((x * x).mean(-1, keepdim=True) + 0.1).sqrt(),
+    "sine": lambda x: torch.sin(3 * x),
+    "cosine": lambda x: torch.cos(2 * x),
     "softmax": lambda x: x.softmax(-1),
     "softmax, first dimension": lambda x: x.softmax(1),
     "softmax, masked": lambda x: (2 * x + _MASK.to(x)).softmax(-1),

@@ -59,6 +59,9 @@ ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "negated": lambda x: -x,
     "scaled": lambda x: 2 - 3 * x / 1.5,
     "reciprocal": lambda x: 1 / (x * x + 1),
+    "sine": torch.sin,
+    "cosine": torch.cos,
+    "sine of large values": lambda x: torch.sin(100 * x),
 }
 
 
