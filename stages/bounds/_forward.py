@@ -111,19 +111,22 @@ class Bands:
         [band] = [arg for arg in args if isinstance(arg, Band)]
         flat = _flat(band.middle)
         piece = _ops.parts(op, boxes, kwargs)
-        # The operation with a zero operand is its offset; every column but the last must do without.
-        middle, offset = (
-            op.target(*_each(args, lambda _, x=x: x), **kwargs) for x in (flat, torch.zeros_like(flat[:1]))
-        )
+        middle = op.target(*_each(args, lambda _: flat), **kwargs)
         rest: tuple[Any, ...] = ()
         if isinstance(middle, tuple):
-            (middle, *more), offset = middle, offset[0]
+            middle, *more = middle
             rest = tuple(more)
         tall = self._tall(op, middle)
-        tall = torch.cat([tall[:, :-1] - offset, tall[:, -1:]], 1)
+        if isinstance(piece.offset, Tensor):
+            # The operation with a zero operand is its offset; every column but the last must do without.
+            offset = op.target(*_each(args, lambda _: torch.zeros_like(flat[:1])), **kwargs)
+            offset = offset[0] if isinstance(offset, tuple) else offset
+            tall = torch.cat([tall[:, :-1] - offset, tall[:, -1:]], 1)
         spread = self._tall(op, piece.magnitude(_flat(band.spread)))
         share = self.chain.rounding.share(piece.terms + 2)
-        margin = piece.magnitude(band.size()) + self.columns * torch.as_tensor(piece.offset)
+        # One for each image, where constants that are repeated for every column are not.
+        single = _ops.parts(op, fill(op.args, self.chain.values), kwargs)
+        margin = single.magnitude(band.size()) + self.columns * torch.as_tensor(piece.offset)
         found = Band(tall, spread).wider(2 * share * margin + TINY)
         return (found, *rest) if rest else found
 
