@@ -17,8 +17,9 @@ Lines, for every entry and side the one that is best at the centre of the box, d
 
 Rounding. A float32 execution that forms v as a mean of squares of x - mean x (torch, onnxruntime's primitive nodes)
 has c off by at most delta and v by at most dv, v >= 0, which multiplies v + eps by a factor between
-(max(v_l - dv, 0) + eps) / (max(v_l, dv) + eps) and its mirror image. Kernels that form v as mean x^2 - (mean x)^2 obey
-the same dv, which is made for the sum of x^2; they are covered where v_l > dv, and can give anything elsewhere.
+(max(v_l - dv, 0) + eps) / (max(v_l, dv) + eps) and its mirror image. Kernels that form v as mean x^2 - (mean x)^2 are
+not covered: the installed onnxruntime is asked which formula is its own before a file counts as proved
+(`stages.layer_norm_kernel`).
 Bounds are computed in float64 throughout. Source: none that we follow; the parts are standard.
 """
 

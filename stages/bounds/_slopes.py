@@ -83,7 +83,7 @@ def ascend(
             total = found.sum()
         best = torch.maximum(best, found.detach())
         # Nothing moves a bound whose way does not pass by what is free.
-        if not total.requires_grad or step == steps or (goal is not None and bool((best > goal).all())):
+        if not moving or not total.requires_grad or step == steps or (goal is not None and bool((best > goal).all())):
             break
         climb.step(torch.autograd.grad(total, moving, allow_unused=True, materialize_grads=True), rate * 0.97**step)
         with torch.no_grad():

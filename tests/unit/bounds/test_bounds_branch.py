@@ -153,3 +153,14 @@ def test_a_bound_above_a_known_point_stops_everything(monkeypatch: pytest.Monkey
         goal = net(x).double() + 0.01
     with pytest.raises(Contradiction, match="refuted by a point and proved"):
         decide(net, Box(x - 1, x + 1), torch.eye(3).expand(1, 3, 3), 60.0, goal)
+
+
+def test_a_network_without_relus_has_nothing_to_split() -> None:
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.tanhshrink(torch.stack([x, x / 3], 1).mean(1))
+
+    x = torch.rand(1, 3, generator=generator(0, "x"))
+    rows = torch.eye(3).unsqueeze(0)
+    found = BranchAndBound(seconds=300, limit=4).lower(Mean().eval(), Box(x - 0.1, x + 0.1), rows)
+    assert bool((found >= Crown().lower(Mean().eval(), Box(x - 0.1, x + 0.1), rows)).all())

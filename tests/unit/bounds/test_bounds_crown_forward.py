@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -67,3 +68,31 @@ def test_a_fixed_input_costs_no_column_and_changes_nothing() -> None:
         reached = network(points).amin(0).double()
     assert (bound <= reached).all()
     assert (reached - bound).max() < 0.5
+
+
+class Mixed(nn.Module):
+    """Constants from the left, of which torch makes one for every image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rng = generator(5, "weights")
+        self.mix = nn.Parameter(torch.randn(4, 4, generator=rng).tril())
+        self.last = nn.Parameter(torch.randn(12, 3, generator=rng))
+        self.eval().requires_grad_(False)  # torch multiplies otherwise, where it may need gradients
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.mix @ torch.relu(self.mix @ x)).flatten(1) @ self.last
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_constants_from_the_left(double: bool) -> None:
+    x, rng = torch.rand(2, 4, 3, generator=generator(6, "x")), generator(7, "points")
+    rows = torch.eye(3).expand(2, -1, -1)
+    with torch.no_grad():
+        bound, plain = (
+            certifier.lower(Mixed(), Box(x - 0.1, x + 0.1), rows)
+            for certifier in (CrownForward(double=double), Crown())
+        )
+        points = x + 0.2 * torch.rand(300, 2, 4, 3, generator=rng) - 0.1
+        assert (bound <= Mixed()(points.flatten(0, 1)).unflatten(0, (300, 2)).amin(0)).all()
+    assert (bound >= plain - 1e-4).all()
