@@ -14,6 +14,7 @@ Values of images and the coefficients of their entries are channels-last (`_layo
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -213,12 +214,7 @@ class Chain:
         terms = slopes * weights
         for others, theirs in more:
             terms = terms.addcmul_(others, theirs)
-        rows = self._entries(name, terms)
-        whole = rows.shape[-1] // _BLOCK * _BLOCK
-        total: Tensor = rows[..., whole:].sum(-1).double()
-        if whole:
-            total = total + rows[..., :whole].reshape(*rows.shape[:2], -1, _BLOCK).sum(-1).sum(-1, dtype=torch.float64)
-        return total
+        return blocked(self._entries(name, terms))
 
     def _entries(self, name: str, terms: Tensor) -> Tensor:
         """`flat` in whatever order, so that channels-last terms need no copy."""
@@ -312,40 +308,22 @@ class Chain:
         self.lines[op.result] = lines
         self.fronts[op.result] = self.elementwise(op, lines)
 
-    def elementwise(self, op: Op, lines: _relax.Lines) -> Pull:
-        """Coefficients through lines: a positive one takes the line below, a negative one the line above."""
+    def elementwise(self, op: Op, lines: _relax.Lines) -> "Lined":
+        """Lines with everything that intercepts have to cover."""
         kind = lines.low.dtype
         fans = 4 * self.own * self.readers(op.result) * self.values[op.result].size().to(kind)
         low, high = lines.low - fans, lines.high + fans
-        folded: dict[str, tuple[Tensor, Tensor]] = {}
+        shift = None
         size, free = low.abs() + high.abs(), torch.zeros_like(low)
         for name, (down, up) in lines.slopes.items():
             offset, slack = self.folded(name, op, kind)
-            folded[name] = (offset, slack)
             low = low + down.to(kind) * offset - down.to(kind).abs() * slack
             high = high + up.to(kind) * offset + up.to(kind).abs() * slack
             size = size + offset.abs() + slack
-            free = offset.abs() + slack if op.kind == "relu" else free  # by what a free slope may move an end
+            if op.kind == "relu":  # by what a free slope may move an end
+                free, shift = offset.abs() + slack, (offset - slack).to(self.kind)
         floor, gap = self.ends_of_lines(low, high, size, free)
-
-        def pull(slopes: Tensor, lower: Tensor | None) -> tuple[_linear.Pulled, Tensor]:
-            negative = slopes.clamp(max=0)
-            base, extra = floor, gap
-            found = {}
-            for name, (fixed, up) in lines.slopes.items():
-                down = fixed
-                if lower is not None:
-                    offset, slack = folded[name]
-                    chosen = torch.where(fixed != up, lower, fixed)
-                    # Relative to the line below that `floor` was made for.
-                    change = (chosen - down) * offset.to(self.kind) - (chosen - down).abs() * slack.to(self.kind)
-                    base, extra, down = floor + change, gap - change, chosen
-                # One of the two products is zero everywhere, so nothing is lost to their sum.
-                part = slopes * down if down is up else ((slopes - negative) * down).addcmul_(negative, up)
-                found[name] = _linear.sum_to(part, self.values[name].low.shape)
-            return found, self.sums(op.result, (slopes, base), (negative, extra))
-
-        return pull
+        return Lined(self, op.result, lines.slopes, floor, gap, shift)
 
     def ends_of_lines(
         self, low: Tensor, high: Tensor, size: Tensor, free: Tensor | float = 0.0
@@ -369,6 +347,47 @@ class Chain:
         """No less than what a value and its offset are made of, float64."""
         size: Tensor = self.values[name].size().double()
         return size + self._offset(name).double().abs()
+
+
+@dataclass(frozen=True, slots=True)
+class Lined:
+    """Coefficients through lines: a positive one takes the line below, a negative one the line above.
+
+    `slopes` below and above by operand, `floor` the intercept below and `gap` how much higher the one above is; `shift`
+    the intercept of a free slope of 1 below a ReLU, whose line goes through 0.
+    """
+
+    chain: Chain
+    result: str
+    slopes: Mapping[str, tuple[Tensor, Tensor]]
+    floor: Tensor
+    gap: Tensor
+    shift: Tensor | None
+
+    def __call__(self, slopes: Tensor, lower: Tensor | None) -> tuple[_linear.Pulled, Tensor]:
+        negative = slopes.clamp(max=0)
+        base, extra = self.floor, self.gap
+        found = {}
+        for name, (fixed, up) in self.slopes.items():
+            down = fixed
+            if lower is not None and self.shift is not None:
+                # Relative to the line below that `floor` was made for.
+                down = torch.where(fixed != up, lower, fixed)
+                change = (down - fixed) * self.shift
+                base, extra = base + change, extra - change
+            # One of the two products is zero everywhere, so nothing is lost to their sum.
+            part = slopes * down if down is up else ((slopes - negative) * down).addcmul_(negative, up)
+            found[name] = _linear.sum_to(part, self.chain.values[name].low.shape)
+        return found, self.chain.sums(self.result, (slopes, base), (negative, extra))
+
+
+def blocked(rows: Tensor) -> Tensor:
+    """Sums over the last dimension, in blocks and then in float64."""
+    whole = rows.shape[-1] // _BLOCK * _BLOCK
+    total: Tensor = rows[..., whole:].sum(-1).double()
+    if whole:
+        total = total + rows[..., :whole].reshape(*rows.shape[:-1], -1, _BLOCK).sum(-1).sum(-1, dtype=torch.float64)
+    return total
 
 
 def _none(value: Any) -> Any:

@@ -52,10 +52,13 @@ class Ends:
 
     def _box(self, slopes: Tensor, loss: float) -> Tensor:
         """Terms a m - |a| r' in the precision of the slopes, summed in float64; r' pays for what all that may lose."""
-        share = loss + 8 * self._own + 4 * gamma(slopes[0, 0].numel() + 32, DOUBLE)
-        wide = outward(self._radius + share * self._largest, slopes.dtype, torch.inf)
-        terms = (slopes * self._middle).addcmul_(slopes.abs(), wide, value=-1)
-        return _summed(terms) - TINY
+        middle, wide = self.parts(loss)
+        return _summed((slopes * middle).addcmul_(slopes.abs(), wide, value=-1)) - TINY
+
+    def parts(self, loss: float) -> tuple[Tensor, Tensor]:
+        """m and r' of the box."""
+        share = loss + 8 * self._own + 4 * gamma(self._middle[0].numel() + 32, DOUBLE)
+        return self._middle, outward(self._radius + share * self._largest, self._middle.dtype, torch.inf)
 
     def _l1(self, flat: Tensor, centre: Tensor) -> Tensor:
         room = torch.where(flat > 0, centre - self._low, self._high - centre).clamp(min=0)

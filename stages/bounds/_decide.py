@@ -114,7 +114,7 @@ class _Search:
         self.broken = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)
         chain = Chain(net, box, self.unit, self.double)
         self.first: dict[str, tuple[Tensor, Tensor]] = {}
-        self._tightened(chain, memory, Chain.bound, self.end)
+        self._tightened(chain, memory, _sweep.plain, self.end)
         self.first = self._boxes(chain)
         self.lower = _sweep.logits(chain, rows, memory)
         self.closed = torch.full_like(self.lower, torch.inf)
@@ -133,7 +133,7 @@ class _Search:
     ) -> None:
         """All operations in turn; after `end` boxes stay as they were in the first pass, or as intervals make them."""
 
-        def timed(chain: Chain, name: str, slopes: Tensor) -> Tensor:
+        def timed(chain: _sweep.Rows, name: str, slopes: Tensor) -> Tensor:
             if time.monotonic() > end:
                 raise TimeoutError
             return bound(chain, name, slopes)

@@ -20,7 +20,7 @@ from stages.bounds._trace import Op, fill
 
 Pulled = dict[str, Tensor]
 _FEW = 4
-_COPIES = frozenset({"view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "clone", "alias", "detach", "_to_copy"})
+COPIES = frozenset({"view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "clone", "alias", "detach", "_to_copy"})
 _REPEATS = frozenset({"expand", "repeat", "index", "index_select", "upsample_nearest2d", "unfold", "cat", "stack"})
 
 
@@ -32,7 +32,7 @@ def pull(op: Op, values: dict[str, Any], slopes: Any) -> Pulled:
             return _by_autograd(op, values, slopes)
         slopes = slopes[0]
     rule = _RULES.get(op.kind)
-    if op.kind in _COPIES and isinstance(args[0], Interval):
+    if op.kind in COPIES and isinstance(args[0], Interval):
         return {op.args[0].name: _layout.alike(slopes.reshape(len(slopes), *args[0].low.shape), args[0].low)}
     return _by_autograd(op, values, slopes) if rule is None else rule(op, args, slopes)
 
@@ -76,7 +76,7 @@ def _moved(op: Op, values: dict[str, Any]) -> list[str]:
 def _convolution(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
     x, weight, _, stride, padding, dilation, transposed, _, groups = args
     flat, sizes = slopes.flatten(0, 1), x.low.shape[2:]
-    if not transposed and groups == 1 and _narrow(weight, stride, dilation):
+    if not transposed and groups == 1 and narrow(weight, stride, dilation):
         # W^T a, then overlapping patches are added up: quicker than a transposed convolution to so few channels.
         patches = weight.flatten(1).T @ flat.flatten(2)
         back = F.fold(patches, sizes, weight.shape[2:], padding=padding, stride=stride)
@@ -85,7 +85,7 @@ def _convolution(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
         back = torch.ops.aten.convolution(flat, weight, None, stride, padding, dilation, False, [0], groups)
     else:
         space = len(sizes)
-        steps, pads, holes = (_each(v, space) for v in (stride, padding, dilation))
+        steps, pads, holes = (each(v, space) for v in (stride, padding, dilation))
         reach = [
             (flat.shape[2 + i] - 1) * steps[i] - 2 * pads[i] + holes[i] * (weight.shape[2 + i] - 1) + 1
             for i in range(space)
@@ -97,11 +97,12 @@ def _convolution(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
     return {op.args[0].name: back.view(*slopes.shape[:2], *back.shape[1:])}
 
 
-def _narrow(weight: Tensor, stride: list[int], dilation: list[int]) -> bool:
+def narrow(weight: Tensor, stride: list[int], dilation: list[int]) -> bool:
+    """Whether a convolution has so few input channels that products and added patches are quicker."""
     return (
         weight.dim() == 4
         and weight.shape[1] <= _FEW
-        and weight[0].numel() <= len(weight) * math.prod(_each(stride, 2))
+        and weight[0].numel() <= len(weight) * math.prod(each(stride, 2))
         and math.prod(dilation) == 1
     )
 
@@ -117,14 +118,20 @@ def _folded(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
     return {op.args[0].name: back.view(*slopes.shape[:2], *back.shape[1:])}
 
 
-def _each(value: Any, space: int) -> list[int]:
+def each(value: Any, space: int) -> list[int]:
+    """A convolution's setting, one for each side."""
     return [int(v) for v in value] * (space if len(value) == 1 else 1)
 
 
 def _batch_norm(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
-    x, weight, _, _, var, _, eps = args
-    scale = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
-    return {op.args[0].name: slopes * scale.view(-1, *(1,) * (x.low.dim() - 2))}
+    return {op.args[0].name: slopes * norm_scale(args).view(-1, *(1,) * (args[0].low.dim() - 2))}
+
+
+def norm_scale(args: tuple[Any, ...]) -> Tensor:
+    """[C]: what a normalisation by stored statistics multiplies each channel by."""
+    _, weight, _, _, var, _, eps = args
+    scale: Tensor = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
+    return scale
 
 
 def _addmm(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stages.bounds._backward import Chain
+from stages.bounds._neurons import Neurons
 
 
 def relus(chain: Chain, name: str) -> list[str]:
@@ -31,11 +32,11 @@ def drawn(chain: Chain, name: str, rows: int) -> dict[str, Tensor]:
     return first
 
 
-def optimised(steps: int, rate: float) -> Callable[[Chain, str, Tensor], Tensor]:
+def optimised(steps: int, rate: float) -> Callable[[Chain | Neurons, str, Tensor], Tensor]:
     """`Chain.bound` with free slopes optimised."""
 
-    def best(chain: Chain, name: str, slopes: Tensor) -> Tensor:
-        first = drawn(chain, name, len(slopes))
+    def best(chain: Chain | Neurons, name: str, slopes: Tensor) -> Tensor:
+        first = chain.drawn() if isinstance(chain, Neurons) else drawn(chain, name, len(slopes))
         return ascend(chain, name, slopes, first, {}, steps if first else 0, rate).best
 
     return best
@@ -52,7 +53,7 @@ class Ascent:
 
 
 def ascend(
-    chain: Chain,
+    chain: Chain | Neurons,
     name: str,
     slopes: Tensor,
     lower: Mapping[str, Tensor],

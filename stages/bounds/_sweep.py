@@ -7,7 +7,8 @@ B images and R rows at once take at most
 
 bytes: boxes, offsets, slacks and lines of every value, and the copies of the coefficients that live in one backward
 step. A cap of M GiB gives half to either term: images are taken in groups with w 10 N B <= M 2^29, and rows in blocks
-with w 6 R n B <= M 2^29. A cap that one image and one row do not fit is refused. With more memory than that allows,
+with w 6 R n B <= M 2^29. Rows of single neurons (`_neurons`) gather their lines, which makes it 12 for 6; R counts the
+rows of all images then, so that there is no B, and n is what a window holds. A cap that one image and one row do not fit is refused. With more memory than that allows,
 groups and blocks still stay near 4 MiB of coefficients, which the processor's caches hold: larger ones are slower.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from stages.bounds import _layout, _relax, _special  # noqa: F401  the latter registers its rules
+from stages.bounds import _layout, _neurons, _relax, _special  # noqa: F401  the latter registers its rules
 from stages.bounds._backward import Chain
 from stages.bounds._interval import outward
 from stages.bounds._trace import Op, Trace, trace
@@ -26,7 +27,13 @@ from stages.method import InputError
 COPIES = 6  # tensors of the size of the coefficients that live at once in one backward step
 _HELD = 10  # numbers kept for every entry of every value
 _CACHE = 2**22  # bytes
-Bound = Callable[[Chain, str, Tensor], Tensor]
+Rows = Chain | _neurons.Neurons
+Bound = Callable[[Rows, str, Tensor], Tensor]
+
+
+def plain(rows: Rows, name: str, slopes: Tensor) -> Tensor:
+    """[R, B] float64: the bounds themselves, nothing optimised."""
+    return rows.bound(name, slopes)
 
 
 def grouped(
@@ -77,7 +84,7 @@ def follow(chain: Chain, refine: Callable[[Op], None] | None = None) -> None:
             chain.follow(op)
 
 
-def logits(chain: Chain, rows: Tensor, memory: float, bound: Bound = Chain.bound, copies: int = COPIES) -> Tensor:
+def logits(chain: Chain, rows: Tensor, memory: float, bound: Bound = plain, copies: int = COPIES) -> Tensor:
     """[B, R] float64: rows [B, R, K] times the logits, never below what interval arithmetic gives."""
     shape = chain.shape(chain.graph.output)
     if shape != (rows.shape[0], rows.shape[2]):
@@ -92,7 +99,7 @@ def logits(chain: Chain, rows: Tensor, memory: float, bound: Bound = Chain.bound
     return bounds
 
 
-def tighten(chain: Chain, op: Op, memory: float, bound: Bound = Chain.bound, copies: int = COPIES) -> None:
+def tighten(chain: Chain, op: Op, memory: float, bound: Bound = plain, copies: int = COPIES) -> None:
     """Bounds from the image for what `op` reads, where they can matter (`_relax.crossed`).
 
     Of a ReLU's input the end nearer to zero is asked for first: where that settles the sign, the line is exact whatever
@@ -104,14 +111,44 @@ def tighten(chain: Chain, op: Op, memory: float, bound: Bound = Chain.bound, cop
         chain.tight.add(name)
         box = chain.values[name]
         ends = chain.flat(name, box.low), chain.flat(name, box.high)
-        most = block(chain, memory, copies)
         open_ = chain.flat(name, _relax.crossed(op, chain.values, box))
         nearer = op.kind == "relu"
         first = torch.where(nearer & (ends[1] < -ends[0]), -1.0, 1.0).to(chain.kind)
+        way = _neurons.way(chain, name)
         for side in (first, -first):
-            ends = _ask(chain, name, ends, side, open_, most, bound)
+            if way is None:
+                ends = _ask(chain, name, ends, side, open_, block(chain, memory, copies), bound)
+            else:
+                ends = _ask_neurons(way, ends, side, open_, memory, bound, copies)
             open_ = (ends[0] < 0) & (ends[1] > 0) if nearer else open_
         chain.tighten(name, *(chain.unflat(name, end) for end in ends))
+
+
+def _ask_neurons(
+    way: _neurons.Way,
+    ends: tuple[Tensor, Tensor],
+    side: Tensor,
+    open_: Tensor,
+    memory: float,
+    bound: Bound,
+    copies: int,
+) -> tuple[Tensor, Tensor]:
+    """As `_ask`, with a row for each open entry and none for others."""
+    low, high = (end.clone() for end in ends)
+    kind = way.chain.kind
+    images, entries = open_.nonzero().unbind(1)
+    row = way.entries() * (8 if kind == torch.float64 else 4)
+    most = _rows_at_once(row, memory, copies * _neurons.COPIES // COPIES, 1)
+    for image, entry in zip(torch.split(images, most), torch.split(entries, most), strict=True):
+        if len(image):
+            signs = side[image, entry]
+            rows = _neurons.Neurons(way, image, entry, signs)
+            found = bound(rows, way.name, signs.new_ones(1, len(signs)))[0]
+            above = torch.minimum(high[image, entry], outward(-found, kind, torch.inf))
+            below = torch.maximum(low[image, entry], outward(found, kind, -torch.inf))
+            low[image, entry] = torch.where(signs > 0, below, low[image, entry])
+            high[image, entry] = torch.where(signs < 0, above, high[image, entry])
+    return low, high
 
 
 def _ask(
@@ -140,10 +177,14 @@ def _ask(
 def block(chain: Chain, memory: float, copies: int = COPIES) -> int:
     """How many rows to take at once, for the images of the chain. Raises `TooLittleMemory` where not even one fits."""
     row = chain.batch * max(chain.graph.entries.values()) * (8 if chain.kind == torch.float64 else 4)
+    return _rows_at_once(row, memory, copies, chain.batch)
+
+
+def _rows_at_once(row: int, memory: float, copies: int, images: int) -> int:
     fits = int(memory * 2**29 // (row * copies))
     if fits < 1:
         raise TooLittleMemory(
-            f"memory: {memory:g} GiB hold no row of coefficients for {chain.batch} images, which takes "
+            f"memory: {memory:g} GiB hold no row of coefficients for {images} images, which takes "
             f"{row * copies / 2**29:.3g} GiB; give more memory or fewer images at once"
         )
     return min(fits, max(1, _CACHE // row))

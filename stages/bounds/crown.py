@@ -12,7 +12,7 @@ from stages.bounds._interval import UNITS, outward
 from stages.bounds.base import Box, Certifier
 from stages.bounds.ibp import check
 
-MOST = 16  # images at once: all of them get as many rows as the one with most open neurons
+MOST = 16  # images at once
 
 
 class Crown(Certifier):
@@ -22,8 +22,9 @@ class Crown(Certifier):
     and its high end) only where its sign is open, other operations' inputs always, and never where interval arithmetic
     is exact (up to the first dense or convolutional layer, for boxes). Every box is intersected with the one before.
 
-    Cost: one row for each end of an open neuron that is asked for, each through the layers below it; the farther end is
-    not asked for where the nearer one settles the sign. Memory as in `crown_ibp`.
+    Cost: one row for each end of an open neuron that is asked for, each through what the neuron can see of the layers
+    below it (`_neurons`); the farther end is not asked for where the nearer one settles the sign. Memory as in
+    `crown_ibp`.
     Source: Zhang et al., "Efficient Neural Network Robustness Certification with General Activation Functions", 2018,
     theorem 3.2 and table 2, with the adaptive lower slope of section 3.3. Departures: as in `crown_ibp`.
     """
