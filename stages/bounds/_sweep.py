@@ -8,8 +8,9 @@ B images and R rows at once take at most
 bytes: boxes, offsets, slacks and lines of every value, and the copies of the coefficients that live in one backward
 step. A cap of M GiB gives half to either term: images are taken in groups with w 10 N B <= M 2^29, and rows in blocks
 with w 6 R n B <= M 2^29. Rows of single neurons (`_neurons`) gather their lines, which makes it 12 for 6; R counts the
-rows of all images then, so that there is no B, and n is what a window holds. A cap that one image and one row do not fit is refused. With more memory than that allows,
-groups and blocks still stay near 4 MiB of coefficients, which the processor's caches hold: larger ones are slower.
+rows of all images then, so that there is no B, and n is what a window holds. A cap that one image and one row do not
+fit is refused. With more memory than that allows, groups and blocks still stay near 4 MiB of coefficients, which the
+processor's caches hold: larger ones are slower.
 """
 
 from collections.abc import Callable
@@ -84,7 +85,13 @@ def follow(chain: Chain, refine: Callable[[Op], None] | None = None) -> None:
             chain.follow(op)
 
 
-def logits(chain: Chain, rows: Tensor, memory: float, bound: Bound = plain, copies: int = COPIES) -> Tensor:
+def logits(
+    chain: Chain,
+    rows: Tensor,
+    memory: float,
+    bound: Callable[[Chain, str, Tensor], Tensor] = plain,
+    copies: int = COPIES,
+) -> Tensor:
     """[B, R] float64: rows [B, R, K] times the logits, never below what interval arithmetic gives."""
     shape = chain.shape(chain.graph.output)
     if shape != (rows.shape[0], rows.shape[2]):
