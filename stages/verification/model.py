@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from stages.method import InputError
+from stages.nn._onnx_glue import glued, shapes
+from stages.nn._onnx_graph import LOGITS, loaded, opset
 from stages.nn.imported import imported
 from targets.runtime.ort import OrtEngine
 
@@ -69,24 +72,24 @@ class Model:
     """`net` maps float32 [B, n] to [B, K]; `outputs` asks onnxruntime about one input.
 
     `inputs` is the n of the specification, which settles one open size of the graph; `fed` is the shape of what
-    onnxruntime is given. Raises `InputError` for a graph that has other than one float32 input and one output, or an
-    operator without a twin.
+    onnxruntime is given. Several inputs are numbered on, in the graph's order, and so are several outputs, unless one
+    is called "logits" or the first has just as many numbers as the specification, `outputs`. Raises `InputError` for inputs that are not float32, or an operator without a twin.
     """
 
-    def __init__(self, path: Path, inputs: int) -> None:
+    def __init__(self, path: Path, inputs: int, outputs: int | None = None) -> None:
         source = opened(path)
         self._engine = OrtEngine(source)
-        session = self._engine.session
-        entries = session.get_inputs()
-        if len(entries) != 1:
-            raise InputError(f"{path}: expected one input, got {len(entries)}: {[entry.name for entry in entries]}")
-        [entry] = entries
+        names = [output.name for output in self._engine.session.get_outputs()]
+        if len(self._engine.session.get_inputs()) != 1 or (len(names) > 1 and LOGITS not in names):
+            source = _single(source, self._engine.session, str(path), outputs)
+            self._engine = OrtEngine(source)
+            names = [output.name for output in self._engine.session.get_outputs()]
+        [entry] = self._engine.session.get_inputs()
         if entry.type != "tensor(float)":
             raise InputError(f'{path}: input "{entry.name}" is a {entry.type}; expected tensor(float), that is float32')
         self._name = entry.name
         self.fed = _shape(entry.shape, inputs, f'{path}: input "{entry.name}"')
-        names = [output.name for output in session.get_outputs()]
-        self._output = "logits" if len(names) > 1 and "logits" in names else names[0]
+        self._output = LOGITS if LOGITS in names else names[0]
         self.classes = len(self.outputs(np.zeros(inputs, np.float32)))
         self.net = self._batched(source) or Single(imported(source, self.fed[1:], free=False), self.fed).eval()
 
@@ -118,6 +121,20 @@ class Model:
         with torch.no_grad():
             gap = (self.net(points) - engine).abs().max()
         return float(gap / engine.abs().max().clamp(min=1.0))
+
+
+def _single(source: Path | bytes, session: Any, where: str, outputs: int | None) -> bytes:
+    model = loaded(source, where)
+    try:
+        fed = {name: np.zeros(shape, np.float32) for name, shape in shapes(model.graph).items()}
+        sizes = [found.size for found in session.run(None, fed)]
+        if sizes[0] == outputs != sum(sizes):
+            del model.graph.output[1:]
+        glued(model, opset(model))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    data: bytes = model.SerializeToString()
+    return data
 
 
 def _shape(declared: Sequence[int | str | None], inputs: int, where: str) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ def decide(network: Path, specification: Path, clock: Clock, say: Say) -> Answer
     Raises `InputError` for files that cannot be used.
     """
     spec = parse(_text(specification), str(specification))
-    model = Model(network, spec.inputs)
+    model = Model(network, spec.inputs, spec.outputs)
     cases = Cases.of(spec, model.classes)
     if not spec.regions:
         return Answer("unsat", "unsat: the constraints contradict each other, whatever the network computes")

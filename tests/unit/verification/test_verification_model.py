@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 
 from stages.bounds.base import Box
 from stages.bounds.crown import Crown
@@ -150,3 +151,44 @@ def test_a_one_in_front_that_the_graph_takes_away_is_no_batch(tmp_path: Path) ->
         bound = Crown().lower(model.net, Box(points - 0.05, points + 0.05), rows)
         assert bool((bound <= model.net(points)).all())
         assert bool((bound > model.net(points) - 2).all())
+
+
+@pytest.mark.parametrize("version", [11, 13])
+def test_several_inputs_and_outputs_are_numbered_on(version: int, tmp_path: Path) -> None:
+    """The second input is an image; the outputs are a sum and a matrix."""
+    nodes = [
+        helper.make_node("Flatten", ["image"], ["flat"]),
+        helper.make_node("Concat", ["row", "flat"], ["both"], axis=1),
+        helper.make_node("MatMul", ["both", "w"], ["h"]),
+        helper.make_node("Relu", ["h"], ["first"]),
+        helper.make_node("Reshape", ["both", "square"], ["second"]),
+    ]
+    shapes = {"row": ["batch", 2], "image": [1, 1, 2, 2]}
+    w = RNG.normal(0, 1, (6, 3)).astype(np.float32)
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("first", "second")],
+        [numpy_helper.from_array(w, "w"), numpy_helper.from_array(np.array([1, 2, 3]), "square")],
+    )
+    path = tmp_path / "net.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)], ir_version=6), path)
+    model = Model(path, 6)
+    assert (model.classes, Model(path, 6, 9).classes, Model(path, 6, 3).classes) == (9, 9, 3)
+    points = torch.rand(4, 6) - 0.5
+    torch.testing.assert_close(model.net(points), torch.cat([(points @ torch.from_numpy(w)).relu(), points], 1))
+    assert model.disagreement(points) < 1e-6
+    with torch.no_grad():
+        bound = Crown().lower(model.net, Box(points, points + 0.1), torch.eye(9, dtype=torch.float64).expand(4, -1, -1))
+    assert bool((bound[:, 3:] >= points - 1e-4).all())
+
+
+def test_an_input_beside_others_has_a_size(tmp_path: Path) -> None:
+    pair = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "n"]) for name in ("a", "b")]
+    nodes = [helper.make_node("Add", ["a", "b"], ["y"])]
+    graph = helper.make_graph(nodes, "net", pair, [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, "n"])])
+    path = tmp_path / "net.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    with pytest.raises(InputError, match=r'net.onnx: input "a" is float \[1, 0\]; expected float and fixed sizes'):
+        Model(path, 4)
