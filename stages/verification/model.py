@@ -73,7 +73,8 @@ class Model:
 
     `inputs` is the n of the specification, which settles one open size of the graph; `fed` is the shape of what
     onnxruntime is given. Several inputs are numbered on, in the graph's order, and so are several outputs, unless one
-    is called "logits" or the first has just as many numbers as the specification, `outputs`. Raises `InputError` for inputs that are not float32, or an operator without a twin.
+    is called "logits" or the first has just as many numbers as the specification, `outputs`. Raises `InputError` for
+    inputs that are not float32, or an operator without a twin.
     """
 
     def __init__(self, path: Path, inputs: int, outputs: int | None = None) -> None:
