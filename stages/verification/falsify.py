@@ -1,4 +1,4 @@
-"""The search for a witness: gradient descent on how far the outputs are from meeting some case, from many starts."""
+"""The search for a witness: descent on how far the outputs are from meeting some case, and climbing where it ends."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,31 +7,39 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from stages.verification._straight import Straight
 from stages.verification.cases import Array, Cases
 from stages.verification.clock import Clock
 
 Check = Callable[[Array], bool]
-_STEPS = 60
+_STEPS, _SHORT = 60, 15
 _MOMENTUM = 0.75
 _FIRST = 0.25
 _PATIENCE = 5
 _MOST = 1 << 12
 _LOOK = 0.15
 _TRIES = 4
+_KEPT = 32
+_TRIALS = 30
+_FINEST = 5.0  # decades below the width of the box
 
 
 @dataclass(slots=True)
 class Hunt:
-    """Rounds of descent on the cases that are still open, until `check` says that a point is a witness.
+    """Rounds on the cases that are still open, until `check` says that a point is a witness; three kinds, in turn.
 
-    One particle per start, each with a case (A, b) of its own. It descends
+    One particle per point, each with a case (A, b) of its own, is moved to make
 
         g(x) = max_u (A_u f(x) - b_u)
 
-    or, every other particle, the sum of the positive entries, by steps of sign(gradient) in units of the box's width
-    with momentum, as APGD does (Croce and Hein 2020); the step is halved and the best point taken up again whenever
-    `_PATIENCE` steps brought nothing. Departures: no schedule of check points, for a round is short and is repeated
-    from new starts. Starts are, in turn, the best of a random sample of the box, corners, and points on random faces.
+    small, or, every other particle, the sum of the positive entries.
+    1. Descent from new starts, in turn the best of a random sample of the box, corners, and points on random faces:
+       steps of sign(gradient) in units of the box's width with momentum, as APGD does (Croce and Hein 2020); the step
+       is halved and the best point taken up again whenever `_PATIENCE` steps brought nothing. Departures: no schedule
+       of check points, for a round is short and is repeated from new starts.
+    2. Climbing from the best points so far: random changes of all or of few inputs, of every size, and the best one is
+       taken. It needs no gradient, and finds the way where the best points are corners between linear pieces.
+    3. Descent from the best points so far, with small first steps of every size.
     """
 
     net: nn.Module
@@ -40,33 +48,54 @@ class Hunt:
     rng: Generator
     particles: int = 64
     refused: int = 0
+    _turn: int = 0
+    _rest: int = 0
     _rows: Tensor = field(init=False)
     _bounds: Tensor = field(init=False)
+    _best: Tensor = field(init=False)
+    _far_of: Tensor = field(init=False)
+    _case_of: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         size = self.cases.rows.abs().amax(1).clamp(min=1)
         self._rows = (self.cases.rows / size.unsqueeze(1)).float()
         self._bounds = (self.cases.bounds / size).float()
+        self._best, self._far_of = self.cases.inner_low[:0], torch.zeros(0)
+        self._case_of = torch.zeros(0, dtype=torch.int64)
 
     def round(self, open_cases: Tensor, clock: Clock) -> Array | None:
         """A witness float32 [n], or None where this round found none; `open_cases` int64 names the cases to try."""
         if len(open_cases) == 0:
             return None
-        count = self.particles
-        x, which = self._starts(open_cases, count)
-        spent = clock.spent()
-        found = self._descend(x, which, clock)
-        spent = clock.spent() - spent
+        begun = clock.spent()
+        found = self._kind(open_cases, clock)
+        spent = clock.spent() - begun
         if spent < _LOOK * max(clock.left(), 0) / 4 and spent < 1:
-            self.particles = min(2 * count, _MOST)
-        elif spent > 2 and count > 8:
-            self.particles = count // 2
+            self.particles = min(2 * self.particles, _MOST)
+        elif spent > 2 and self.particles > 8:
+            self.particles //= 2
         return found
 
     def around(self, low: Tensor, high: Tensor, which: Tensor, clock: Clock) -> Array | None:
-        """A witness in sub-boxes float32 [P, n], each for its case int64 [P], from one random point in each."""
+        """A witness near sub-boxes float32 [P, n], each for its case int64 [P], from one random point in each; and a
+        round on these cases."""
         x = low + torch.rand(low.shape, generator=self.rng) * (high - low)
-        return self._descend(self._within(x, which), which, clock, steps=_STEPS // 4)
+        found = self._descend(self._within(x, which), which, clock, high - low, _SHORT)
+        return self.round(torch.unique(which), clock) if found is None else found
+
+    def _kind(self, open_cases: Tensor, clock: Clock) -> Array | None:
+        turn, self._turn = self._turn, self._turn + 1
+        still = torch.isin(self._case_of, open_cases)
+        self._best, self._far_of, self._case_of = self._best[still], self._far_of[still], self._case_of[still]
+        if turn % 3 == 0 or len(self._best) == 0:
+            x, which = self._starts(open_cases, self.particles)
+            return self._descend(x, which, clock, self._width(which))
+        if turn % 3 == 1 and self._rest == 0:
+            return self._climb(clock)
+        self._rest = max(self._rest - 1, 0)
+        copies = torch.arange(self.particles) % len(self._best)
+        which = self._case_of[copies]
+        return self._descend(self._best[copies], which, clock, self._sizes(len(copies)) * self._width(which))
 
     def _starts(self, open_cases: Tensor, count: int) -> tuple[Tensor, Tensor]:
         which = open_cases[torch.randint(len(open_cases), (4 * count,), generator=self.rng)]
@@ -85,9 +114,7 @@ class Hunt:
         return torch.cat([x[near], self._within(ends, which[corners])]), torch.cat([which[near], which[corners]])
 
     @torch.enable_grad()
-    def _descend(self, x: Tensor, which: Tensor, clock: Clock, steps: int = _STEPS) -> Array | None:
-        low, high = self._box(which)
-        width = high - low
+    def _descend(self, x: Tensor, which: Tensor, clock: Clock, width: Tensor, steps: int = _STEPS) -> Array | None:
         best, best_far, best_slope = x, torch.full((len(x),), torch.inf), torch.zeros_like(x)
         before, step, idle = x, torch.full((len(x), 1), _FIRST), torch.zeros(len(x), dtype=torch.int64)
         whole = (torch.arange(len(x)) % 2 == 0).unsqueeze(1)
@@ -95,7 +122,8 @@ class Hunt:
             if clock.left() <= 0:
                 return None
             point = x.clone().requires_grad_()
-            far = self._far(self.net(point), which)
+            with Straight():
+                far = self._far(self.net(point), which)
             goal = torch.where(whole, far.amax(1, keepdim=True), far.clamp(min=0)).clamp(min=-1e30).sum(1)
             (slope,) = torch.autograd.grad(goal.sum(), point)
             worst = far.detach().amax(1).nan_to_num(torch.inf)
@@ -111,7 +139,53 @@ class Hunt:
             x, before, slope = (torch.where(stuck, *pair) for pair in ((best, x), (best, before), (best_slope, slope)))
             ahead = self._within(x - step * width * slope.sign().nan_to_num(0.0), which)
             x, before = self._within(x + _MOMENTUM * (ahead - x) + (1 - _MOMENTUM) * (x - before), which), x
+        self._keep(best, best_far, which)
         return None
+
+    @torch.no_grad()
+    def _climb(self, clock: Clock) -> Array | None:
+        """The best points have children that differ in all, or in few, of their inputs; the best child takes over."""
+        parents, least = self._best, self._far_of
+        copies = max(self.particles // len(parents), 2)
+        which = self._case_of.repeat_interleave(copies)
+        width, inputs = self._width(which), parents.shape[1]
+        for _ in range(_TRIALS):
+            if clock.left() <= 0:
+                return None
+            few = torch.rand(len(which), inputs, generator=self.rng) * inputs < torch.randint(
+                1, 4, (len(which), 1), generator=self.rng
+            )
+            few |= (torch.arange(len(which)) % 2 == 0).unsqueeze(1)
+            noise = torch.randn(len(which), inputs, generator=self.rng) * self._sizes(len(which)) * width * few
+            children = self._within(parents.repeat_interleave(copies, 0) + noise, which)
+            far = self._far(self.net(children), which).amax(1).nan_to_num(torch.inf)
+            witness = self._try(children, far)
+            if witness is not None:
+                return witness
+            near, place = far.view(-1, copies).min(1)
+            chosen = children.view(-1, copies, inputs)[torch.arange(len(parents)), place]
+            parents = torch.where((near < least).unsqueeze(1), chosen, parents)
+            least = torch.minimum(near, least)
+        self._rest = 0 if bool((least < self._far_of).any()) else 4
+        self._best, self._far_of = parents, least
+        return None
+
+    def _keep(self, x: Tensor, far: Tensor, which: Tensor) -> None:
+        """The nearest points, one of each distance: the others are copies."""
+        x, far, which = (torch.cat(pair) for pair in ((self._best, x), (self._far_of, far), (self._case_of, which)))
+        order = far.argsort(stable=True)
+        first = torch.ones(len(order), dtype=torch.bool)
+        first[1:] = far[order].diff() > 0
+        order = order[first][:_KEPT]
+        self._best, self._far_of, self._case_of = x[order], far[order], which[order]
+
+    def _sizes(self, count: int) -> Tensor:
+        """[P, 1]: from a part in 10^_FINEST up to one, every decade alike."""
+        return 10 ** (-_FINEST * torch.rand(count, 1, generator=self.rng))
+
+    def _width(self, which: Tensor) -> Tensor:
+        low, high = self._box(which)
+        return high - low
 
     def _try(self, x: Tensor, worst: Tensor) -> Array | None:
         """The first of the most promising points that onnxruntime confirms."""

@@ -74,7 +74,7 @@ class Trial:
         self.why = ""
 
     def answer(self) -> Answer:
-        witness = self._hunt(rounds=2, part=0.1)
+        witness = self._hunt(rounds=3, part=0.25)
         if witness is not None:
             return self._sat(witness)
         gap = self.model.disagreement(self._points())
@@ -114,7 +114,15 @@ class Trial:
             return None
 
     def _split(self) -> Array | None:
-        splitting = prove.Splitting(self.model.net, self.cases, CrownForward(double=False), CrownForward(), self.hunt)
+        quick = CrownForward(double=False)
+        try:
+            self.still = prove.on_regions(self.model.net, self.cases, self.still, quick, self.clock)
+        except InputError as error:  # an operation moves the batch
+            self.say(str(error))
+            return self._branch()
+        if len(self.still) == 0:
+            return None
+        splitting = prove.Splitting(self.model.net, self.cases, quick, CrownForward(), self.hunt)
         done, witness = splitting.run(self.still, self.clock)
         self.say(f"splitting: {splitting.boxes} boxes bounded")
         if done:
