@@ -14,7 +14,8 @@ from stages.verification.clock import Clock
 Check = Callable[[Array], bool]
 _STEPS, _SHORT = 60, 15
 _MOMENTUM = 0.75
-_FIRST = 0.25
+_FIRST, _GENTLE = 0.25, 0.03
+_MEAN, _SQUARE = 0.9, 0.999
 _PATIENCE = 5
 _MOST = 1 << 12
 _LOOK = 0.15
@@ -36,7 +37,8 @@ class Hunt:
     1. Descent from new starts, in turn the best of a random sample of the box, corners, and points on random faces:
        steps of sign(gradient) in units of the box's width with momentum, as APGD does (Croce and Hein 2020); the step
        is halved and the best point taken up again whenever `_PATIENCE` steps brought nothing. Departures: no schedule
-       of check points, for a round is short and is repeated from new starts.
+       of check points, for a round is short and is repeated from new starts; and half of the particles, two of four,
+       take the smaller steps of Adam (Kingma and Ba 2015), which come to rest inside the box.
     2. Climbing from the best points so far: random changes of all or of few inputs, of every size, and the best one is
        taken. It needs no gradient, and finds the way where the best points are corners between linear pieces.
     3. Descent from the best points so far, with small first steps of every size.
@@ -116,9 +118,12 @@ class Hunt:
     @torch.enable_grad()
     def _descend(self, x: Tensor, which: Tensor, clock: Clock, width: Tensor, steps: int = _STEPS) -> Array | None:
         best, best_far, best_slope = x, torch.full((len(x),), torch.inf), torch.zeros_like(x)
-        before, step, idle = x, torch.full((len(x), 1), _FIRST), torch.zeros(len(x), dtype=torch.int64)
-        whole = (torch.arange(len(x)) % 2 == 0).unsqueeze(1)
-        for _ in range(steps):
+        before, idle = x, torch.zeros(len(x), dtype=torch.int64)
+        kind = torch.arange(len(x)).unsqueeze(1)
+        whole, smooth = kind % 2 == 0, kind // 2 % 2 == 0
+        mean, square = torch.zeros_like(x), torch.zeros_like(x)
+        step = torch.where(smooth, _GENTLE, _FIRST)
+        for t in range(1, steps + 1):
             if clock.left() <= 0:
                 return None
             point = x.clone().requires_grad_()
@@ -137,7 +142,10 @@ class Hunt:
             stuck = (idle >= _PATIENCE).unsqueeze(1)
             step, idle = torch.where(stuck, step / 2, step), torch.where(stuck.squeeze(1), 0, idle)
             x, before, slope = (torch.where(stuck, *pair) for pair in ((best, x), (best, before), (best_slope, slope)))
-            ahead = self._within(x - step * width * slope.sign().nan_to_num(0.0), which)
+            slope = slope.nan_to_num(0.0)
+            mean, square = mean.lerp(slope, 1 - _MEAN), square.lerp(slope**2, 1 - _SQUARE)
+            adam = mean / (1 - _MEAN**t) / ((square / (1 - _SQUARE**t)).sqrt() + 1e-30)
+            ahead = self._within(x - step * width * torch.where(smooth, adam, slope.sign()), which)
             x, before = self._within(x + _MOMENTUM * (ahead - x) + (1 - _MOMENTUM) * (x - before), which), x
         self._keep(best, best_far, which)
         return None
