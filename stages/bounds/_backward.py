@@ -14,19 +14,17 @@ Values of images and the coefficients of their entries are channels-last (`_layo
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stages.bounds import _layout, _linear, _ops, _relax
+from stages.bounds import _layout, _linear, _lined, _ops, _relax, _slack
 from stages.bounds._ball import Ends
 from stages.bounds._interval import DOUBLE, SINGLE, TINY, Interval, Rounding, gamma, low_ends, outward
 from stages.bounds._trace import Op, Trace, fill, trace
 from stages.bounds.base import Box
 
-_BLOCK = 128
 _EXACT = frozenset({"relu", "hardtanh", "clamp", "clamp_min", "clamp_max", "abs", "maximum", "minimum", "amax", "amin"})
 _DIAGONAL = frozenset(
     {"_native_batch_norm_legit_no_training", "getitem", "mul", "div", "add", "sub", "neg", "view", "_unsafe_view"}
@@ -62,12 +60,15 @@ class Chain:
         self.tight: set[str] = set()
         self.empty = torch.zeros(self.batch, dtype=torch.bool, device=box.low.device)
         self.faint = TINY * torch.ones(self.batch, dtype=torch.float64, device=box.low.device)  # [B]
+        # Linear results whose slack covers what a ReLU's line makes of it, too (`_lined.relu`).
+        self.paid: set[str] = set()
+        self.mosts: dict[str, Tensor] = {}
         self._counts: set[str] = set()
         self.reads: dict[str, int] = {}
         for op in self.graph.ops:
             for name in op.reads():
                 self.reads[name] = self.reads.get(name, 0) + 1
-        self.dots = gamma(_BLOCK + 8, self.own) + gamma(8192, DOUBLE)
+        self.dots = gamma(_lined.BLOCK + 8, self.own) + gamma(8192, DOUBLE)
 
     def follow(self, op: Op) -> None:
         """The box, and either offset and slack (linear operations) or lines (the rest), of one more operation."""
@@ -91,9 +92,7 @@ class Chain:
             self._draw(op)
         entries = 8 * self.shape(op.result).numel() / self.batch * torch.finfo(self.kind).tiny
         for name in self.operands(op):
-            reach = self.values[name].size().detach() + self._offset(name).detach().abs()
-            whole = self.flat(name, reach) if name in self.graph.strides else reach.reshape(1, -1)
-            self.faint = self.faint + entries * whole.sum(1, dtype=torch.float64)
+            self.faint = self.faint + entries * self.graph.entries[name] * _slack.most(self, name)
 
     def is_linear(self, op: Op) -> bool:
         return _ops.keeps_affine(op, fill(op.args, self.values))
@@ -214,7 +213,7 @@ class Chain:
         terms = slopes * weights
         for others, theirs in more:
             terms = terms.addcmul_(others, theirs)
-        return blocked(self._entries(name, terms))
+        return _lined.blocked(self._entries(name, terms))
 
     def _entries(self, name: str, terms: Tensor) -> Tensor:
         """`flat` in whatever order, so that channels-last terms need no copy."""
@@ -232,59 +231,75 @@ class Chain:
                     store[op.result] = store[source][place]
             if op.result not in self.slack:
                 self.slack[op.result] = torch.zeros_like(self.values[op.result].low)
-            self.slack[op.result] = self._fans(op, self.slack[op.result])
+            self.slack[op.result] = self.fans(op, self.slack[op.result])
             return
-        before = {name: self._offset(name) for name in self.operands(op)}
-        if op.kind in {"convolution", "addmm"} and not self.offset.keys() & before.keys():
+        names = self.operands(op)
+        if op.kind in {"convolution", "addmm"} and not self.offset.keys() & set(names):
             bias = args[2 if op.kind == "convolution" else 0]
             if bias is not None:
                 shape = self.shape(op.result)
                 column = bias.view(-1, *(1,) * (len(shape) - 2)) if op.kind == "convolution" else bias
                 self.offset[op.result] = column.expand(shape)
-            self.slack[op.result] = self._new_slack(op, args, kwargs, before)
-            return
-        zero = {**self.values, **before}
-        offset = op.target(*fill(op.args, zero), **kwargs)
-        self.offset[op.result] = offset
-        self.slack[op.result] = self._new_slack(op, args, kwargs, before)
+        elif op.kind in {"add", "sub", "_native_batch_norm_legit_no_training"} and _slack.alike(self, op):
+            thin = {name: _slack.thin(self._offset(name)) for name in names}
+            found = op.target(*fill(op.args, {**self.values, **thin}), **kwargs)
+            offset = found[0] if isinstance(found, tuple) else found
+            wide = offset.expand(self.shape(op.result))
+            self.offset[op.result] = (wide, *found[1:]) if isinstance(found, tuple) else wide
+        else:
+            zero = {**self.values, **{name: self._offset(name) for name in names}}
+            self.offset[op.result] = op.target(*fill(op.args, zero), **kwargs)
+        self.slack[op.result] = self._new_slack(op, args, kwargs)
 
     def _offset(self, name: str) -> Tensor:
         offset: Tensor | None = self.offset.get(name)
-        return torch.zeros_like(self.values[name].low) if offset is None else offset
+        return self.values[name].low.new_zeros(()).expand(self.shape(name)) if offset is None else offset
 
-    def _new_slack(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], before: dict[str, Tensor]) -> Any:
-        result = self.values[op.result]
+    def _new_slack(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The slack of a linear result: `paid` where its operands' is, or where they have neither it nor an offset.
+
+        Beyond (g + g') S, a paid slack holds what `_lined.relu` asks for: 30 units of the value and of its offset, and
+        what sums over blocks lose of the offset.
+        """
+        result, names = self.values[op.result], self.operands(op)
         sums = gamma(_linear.products(op, self.values, self.shape(op.result), self.batch) + 4, self.own)
+        ready = all(name in self.paid or not (name in self.slack or name in self.offset) for name in names)
+        if ready and (_ops.is_affine(op, args) or (op.kind in {"add", "sub"} and _slack.alike(self, op))):
+            self.paid.add(op.result)
+            return _slack.paid(self, op, args, kwargs, sums + 30 * self.own)
+        before = {name: self._offset(name) for name in names}
         old = {name: self.slack.get(name, torch.zeros_like(self.values[name].low)) for name in before}
         size = {name: self.values[name].size() + before[name].abs() for name in before}
         if _ops.is_affine(op, args):
             piece = _ops.parts(op, args, kwargs)
-            share = self._share(piece.terms) + sums
+            share = self.share(piece.terms) + sums
             [name] = before
             spread = piece.magnitude(old[name] + share * size[name]) + share * piece.offset
             slack = (1 + 4 * share) * spread + TINY
-            return (slack, *result[1:]) if isinstance(result, tuple) else self._fans(op, slack)
+            return (slack, *result[1:]) if isinstance(result, tuple) else self.fans(op, slack)
         if op.kind in {"add", "sub"}:
-            share = self._share(2) + sums
+            share = self.share(2) + sums
             parts = [(old[n], size[n]) for n in (getattr(arg, "name", None) for arg in op.args[:2]) if n in before]
             fixed = [torch.as_tensor(a).abs() for a in args[:2] if not isinstance(a, Interval)]
             total = sum(e + share * s for e, s in parts) + share * sum(fixed)
-            return self._fans(op, (1 + 4 * share) * total + TINY)
+            return self.fans(op, (1 + 4 * share) * total + TINY)
         # The rest only moves entries about; where the transpose sums copies of one, that sum rounds. Constants that
         # are moved along have no slack.
+        if op.kind in _linear.COPIES and set(names) <= self.paid:
+            self.paid.add(op.result)
         moved = {name: (1 + 4 * sums) * (old[name] + sums * size[name]) for name in before}
         if op.kind == "constant_pad_nd":
-            return self._fans(op, op.target(moved[op.reads()[0]], args[1]))
+            return self.fans(op, op.target(moved[op.reads()[0]], args[1]))
         if op.kind == "neg":
-            return self._fans(op, moved[op.reads()[0]])
+            return self.fans(op, moved[op.reads()[0]])
         still = {name: _none(self.values[name]) for name in op.reads() if name not in moved}
-        return self._fans(op, op.target(*fill(op.args, {**self.values, **still, **moved}), **kwargs))
+        return self.fans(op, op.target(*fill(op.args, {**self.values, **still, **moved}), **kwargs))
 
-    def _share(self, terms: int) -> float:
+    def share(self, terms: int) -> float:
         """The network's rounding in a sum of so many products, and ours where its offset is formed."""
         return gamma(terms + 2, self.rounding.unit) + gamma(terms + 4, self.own)
 
-    def _fans(self, op: Op, slack: Any) -> Any:
+    def fans(self, op: Op, slack: Any) -> Any:
         """What adding up the coefficients of several readers may lose."""
         extra = 4 * self.own * (self.readers(op.result) - 1)
         if extra <= 0 or not isinstance(slack, Tensor):
@@ -306,24 +321,8 @@ class Chain:
             loss = self.rounding.share(12) * (1 + result.size().double())
             lines = _relax.Lines(lines.slopes, lines.low - loss, lines.high + loss)
         self.lines[op.result] = lines
-        self.fronts[op.result] = self.elementwise(op, lines)
-
-    def elementwise(self, op: Op, lines: _relax.Lines) -> "Lined":
-        """Lines with everything that intercepts have to cover."""
-        kind = lines.low.dtype
-        fans = 4 * self.own * self.readers(op.result) * self.values[op.result].size().to(kind)
-        low, high = lines.low - fans, lines.high + fans
-        shift = None
-        size, free = low.abs() + high.abs(), torch.zeros_like(low)
-        for name, (down, up) in lines.slopes.items():
-            offset, slack = self.folded(name, op, kind)
-            low = low + down.to(kind) * offset - down.to(kind).abs() * slack
-            high = high + up.to(kind) * offset + up.to(kind).abs() * slack
-            size = size + offset.abs() + slack
-            if op.kind == "relu":  # by what a free slope may move an end
-                free, shift = offset.abs() + slack, (offset - slack).to(self.kind)
-        floor, gap = self.ends_of_lines(low, high, size, free)
-        return Lined(self, op.result, lines.slopes, floor, gap, shift)
+        paid = op.kind == "relu" and op.reads()[0] in self.paid
+        self.fronts[op.result] = (_lined.relu if paid else _lined.elementwise)(self, op, lines)
 
     def ends_of_lines(
         self, low: Tensor, high: Tensor, size: Tensor, free: Tensor | float = 0.0
@@ -347,47 +346,6 @@ class Chain:
         """No less than what a value and its offset are made of, float64."""
         size: Tensor = self.values[name].size().double()
         return size + self._offset(name).double().abs()
-
-
-@dataclass(frozen=True, slots=True)
-class Lined:
-    """Coefficients through lines: a positive one takes the line below, a negative one the line above.
-
-    `slopes` below and above by operand, `floor` the intercept below and `gap` how much higher the one above is; `shift`
-    the intercept of a free slope of 1 below a ReLU, whose line goes through 0.
-    """
-
-    chain: Chain
-    result: str
-    slopes: Mapping[str, tuple[Tensor, Tensor]]
-    floor: Tensor
-    gap: Tensor
-    shift: Tensor | None
-
-    def __call__(self, slopes: Tensor, lower: Tensor | None) -> tuple[_linear.Pulled, Tensor]:
-        negative = slopes.clamp(max=0)
-        base, extra = self.floor, self.gap
-        found = {}
-        for name, (fixed, up) in self.slopes.items():
-            down = fixed
-            if lower is not None and self.shift is not None:
-                # Relative to the line below that `floor` was made for.
-                down = torch.where(fixed != up, lower, fixed)
-                change = (down - fixed) * self.shift
-                base, extra = base + change, extra - change
-            # One of the two products is zero everywhere, so nothing is lost to their sum.
-            part = slopes * down if down is up else ((slopes - negative) * down).addcmul_(negative, up)
-            found[name] = _linear.sum_to(part, self.chain.values[name].low.shape)
-        return found, self.chain.sums(self.result, (slopes, base), (negative, extra))
-
-
-def blocked(rows: Tensor) -> Tensor:
-    """Sums over the last dimension, in blocks and then in float64."""
-    whole = rows.shape[-1] // _BLOCK * _BLOCK
-    total: Tensor = rows[..., whole:].sum(-1).double()
-    if whole:
-        total = total + rows[..., :whole].reshape(*rows.shape[:-1], -1, _BLOCK).sum(-1).sum(-1, dtype=torch.float64)
-    return total
 
 
 def _none(value: Any) -> Any:

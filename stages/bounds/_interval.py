@@ -23,7 +23,7 @@ class Interval:
 
     def size(self) -> Tensor:
         """The largest absolute value inside."""
-        return torch.maximum(self.low.abs(), self.high.abs())
+        return torch.maximum(self.high, -self.low)
 
     def split(self) -> tuple[Tensor, Tensor]:
         """Midpoint m and radius r, with [low, high] inside [m - r(1 + u), m + r(1 + u)], u the unit roundoff."""

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stages.bounds import _linear
-from stages.bounds._backward import Chain, Lined, blocked
+from stages.bounds._backward import Chain
 from stages.bounds._interval import TINY, Interval
+from stages.bounds._lined import Lined, blocked
 from stages.bounds._trace import Op, fill
 from stages.bounds._windows import Frame, Side
 

@@ -126,19 +126,20 @@ def _move(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _affine(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Any:
     piece = parts(op, args, kwargs)
     [x] = bounded(args)
-    middle, radius = x.split()
+    middle = (x.low + x.high) * 0.5
     at = tuple(middle if isinstance(arg, Interval) else arg for arg in args)
     centre = op.target(*at, **kwargs)
     tail = ()
     if isinstance(centre, tuple):
         centre, tail = centre[0], centre[1:]
     share = rounding.share(piece.terms)
-    spread = piece.magnitude(radius + share * (middle.abs() + radius)) + share * piece.offset + TINY
-    low = centre - spread
+    # (1 + s) |L| (r + s |m|) >= |L| (r + s (|m| + r)); the units that `share` keeps for r pay for one half of it.
+    spread = piece.magnitude(torch.add(x.high - middle, middle.abs(), alpha=share)) + (share * piece.offset + TINY)
+    low, high = torch.sub(centre, spread, alpha=1 + share), torch.add(centre, spread, alpha=1 + share)
     if op.kind in _KEEPING and bool((x.low >= 0).all()):  # however it rounds
         factors = [torch.as_tensor(arg) >= 0 for arg in args if op.kind in {"mul", "div"} and arg is not x]
         low = low.clamp(min=0) if all(bool(factor.all()) for factor in factors) else low
-    answer = Interval(low, centre + spread)
+    answer = Interval(low, high)
     return (answer, *tail) if tail else answer
 
 
@@ -236,10 +237,12 @@ def _sum(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Roundi
         _attention.check_mask(op, a, b)
     if op.kind == "sub":
         b = Interval(-b.high, -b.low)
-    found = rounding.widen(a.low + b.low, a.high + b.high, a.size() + b.size())
-    # Rounding is monotone: a sum of what is not negative stays above both.
-    least = torch.where((a.low >= 0) & (b.low >= 0), torch.maximum(a.low, b.low), found.low)
-    return Interval(torch.maximum(found.low, least), found.high)
+    # x - s |x| rises with x, so each end pays for itself; and stays at least 0 where both operands do.
+    share = rounding.share(1)
+    margins = [torch.add(one.abs(), two.abs()) for one, two in ((a.low, b.low), (a.high, b.high))]
+    return Interval(
+        torch.sub(a.low + b.low, margins[0], alpha=share), torch.add(a.high + b.high, margins[1], alpha=share)
+    )
 
 
 def _neg(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:

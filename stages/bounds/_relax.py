@@ -45,12 +45,16 @@ class Lines:
 def relu(op: Op, x: Interval, kind: torch.dtype) -> Lines:
     """In the precision of the bounds: whatever the slope is rounded to, the intercept clears both ends by 4 units."""
     low, high = x.low.to(kind), x.high.to(kind)
-    above, below = high.clamp(min=0), low.clamp(max=0)
-    span = above - below
-    up, down = above / span.clamp(min=TINY), (high > -low).to(kind)  # 1 or 0, both, where the sign is known
+    above, depth = high.clamp(min=0), (-low).clamp(min=TINY)
+    up = above / (above + depth)
+    down = (up > 0.5).to(kind)  # 1 or 0, as `up` is where the sign is known
     # ReLU is convex, so above the ends means above everywhere between.
-    lift = torch.maximum(-up * below, above - up * above) + 4 * UNITS_OF[kind] * span
-    return Lines({op.args[0].name: (down, up)}, torch.zeros_like(low), lift)
+    lift = torch.maximum(up * depth, torch.addcmul(above, up, above, value=-1))
+    return Lines(
+        {op.args[0].name: (down, up)},
+        low.new_zeros(()).expand_as(low),
+        torch.add(lift, above, alpha=8 * UNITS_OF[kind]),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +193,9 @@ def elementwise(op: Op, values: dict[str, Any], kind: torch.dtype) -> Lines | No
     lines, result = _lines(op, values, kind), values[op.result]
     if lines is None:
         return None
-    fine = torch.isfinite(lines.low) & torch.isfinite(lines.high)
-    if bool(fine.all()):
+    if bool(torch.isfinite(lines.low.detach().sum() + lines.high.detach().sum())):
         return lines
+    fine = torch.isfinite(lines.low) & torch.isfinite(lines.high)
     slopes = {n: (torch.where(fine, a, 0.0), torch.where(fine, b, 0.0)) for n, (a, b) in lines.slopes.items()}
     ends = constant(result)
     return Lines(slopes, torch.where(fine, lines.low, ends.low), torch.where(fine, lines.high, ends.high))
