@@ -50,6 +50,16 @@ class Ends:
         found = found - share * torch.einsum("rbn,bn->rb", flat.abs(), self._size) - TINY
         return torch.maximum(found, self._box(slopes, loss))
 
+    def lowest(self, slopes: Tensor) -> Tensor:
+        """[B, ...]: points of the box where slopes [B, ...] have their least value there, or nearly so in a ball."""
+        inside = self.inside
+        if self.ball is None:
+            return torch.where(slopes > 0, inside.low, inside.high)
+        flat, centre = slopes.flatten(1).double().unsqueeze(0), self.ball.centre.double().flatten(1)
+        step = self._l1_step(flat, centre) if self.ball.norm == "l1" else self._l2_step(flat, centre)[0]
+        point = (centre + step[0]).view(slopes.shape).to(slopes.dtype)
+        return torch.minimum(torch.maximum(point, inside.low), inside.high)
+
     def _box(self, slopes: Tensor, loss: float) -> Tensor:
         """Terms a m - |a| r' in the precision of the slopes, summed in float64; r' pays for what all that may lose."""
         middle, wide = self.parts(loss)
@@ -61,13 +71,22 @@ class Ends:
         return self._middle, outward(self._radius + share * self._largest, self._middle.dtype, torch.inf)
 
     def _l1(self, flat: Tensor, centre: Tensor) -> Tensor:
+        return (flat * self._l1_step(flat, centre)).sum(-1)
+
+    def _l1_step(self, flat: Tensor, centre: Tensor) -> Tensor:
         room = torch.where(flat > 0, centre - self._low, self._high - centre).clamp(min=0)
-        gain, order = flat.abs().sort(-1, descending=True)
+        order = flat.abs().argsort(-1, descending=True)
         room = room.gather(-1, order)
         left = (self._reach.unsqueeze(-1) - (room.cumsum(-1) - room)).clamp(min=0)
-        return -(gain * torch.minimum(room, left)).sum(-1)
+        away = torch.zeros_like(flat).scatter(-1, order, torch.minimum(room, left))
+        return -flat.sign() * away
 
     def _l2(self, flat: Tensor, centre: Tensor) -> Tensor:
+        step, lam = self._l2_step(flat, centre)
+        least: Tensor = (flat * step + lam * step**2 / 2).sum(-1) - lam[..., 0] * self._reach**2 / 2
+        return least
+
+    def _l2_step(self, flat: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
         down, up = (self._low - centre).clamp(max=0), (self._high - centre).clamp(min=0)
         reach = self._reach.clamp(min=TINY).unsqueeze(-1)
         high = flat.norm(dim=-1, keepdim=True) / reach + TINY
@@ -78,9 +97,7 @@ class Ends:
                 wide = torch.minimum(torch.maximum(-flat / lam, down), up).norm(dim=-1, keepdim=True) > reach
                 low, high = torch.where(wide, lam, low), torch.where(wide, high, lam)
         high = high.detach()
-        step = torch.minimum(torch.maximum(-flat / high, down), up)
-        least: Tensor = (flat * step + high * step**2 / 2).sum(-1) - high[..., 0] * self._reach**2 / 2
-        return least
+        return torch.minimum(torch.maximum(-flat / high, down), up), high
 
 
 def _summed(terms: Tensor) -> Tensor:

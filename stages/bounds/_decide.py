@@ -1,10 +1,10 @@
 """Branch and bound: every row of every box is proved, refuted by a point, or left open when the time is over.
 
 A domain is a box of inputs together with signs of some ReLU inputs. It is bounded by linear bounds with free slopes
-and a multiplier for every known sign (beta-CROWN, Wang et al. 2021, theorem 3.1); domains of all images and rows are
-bounded together, those of the rows that had least before the others, and a row's worst first. A domain not yet proved
-is split at the open ReLU whose lines lose most (after Bunel et al. 2020), or, where none is open, across the input that
-the bound depends on most: complete on ReLU networks.
+and a multiplier for every known sign (beta-CROWN, Wang et al. 2021, theorem 3.1; `_dual`); domains of all images and
+rows are bounded together, those of the rows that had least before the others, and a row's worst first. A domain not
+yet proved is split at the open ReLU whose lines lose most (after Bunel et al. 2020), or, where none is open, across the
+input that the bound depends on most: complete on ReLU networks.
 Where linear bounds are worst, the box's corner is tried as a counterexample.
 
 Boxes of pre-activations are found once per image and cut with the signs; interval arithmetic carries the cuts on. Where
@@ -16,21 +16,23 @@ import heapq
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from stages.bounds import _slopes, _sweep
 from stages.bounds._backward import Chain
+from stages.bounds._domains import Domains, Pool
+from stages.bounds._dual import Ascent, Known, ascend
 from stages.bounds._interval import UNITS
 from stages.bounds._trace import Op
 from stages.bounds.base import Ball, Box, Contradiction
 from stages.method import InputError
 
-Split = tuple[int, int, int]  # which ReLU, which of its inputs, sign
 Pause = Callable[[Tensor, Tensor, Tensor], Tensor]
-_RATE = 0.1
+_RATE, _BOX_RATE = 0.3, 0.5
+_BENT = frozenset({"relu"})
 _ROOT = 0.3  # of the time goes to the boxes at most
 
 
@@ -44,19 +46,6 @@ class Decision:
     lower: Tensor
     broken: Tensor
     points: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Domain:
-    image: int
-    row: int
-    low: Tensor
-    high: Tensor
-    splits: tuple[Split, ...] = ()
-    bound: float = -float("inf")
-    # Where the parent's ascent ended: multipliers of its splits, and slopes by ReLU.
-    multipliers: tuple[float, ...] = ()
-    slopes: dict[str, Tensor] = field(default_factory=dict)
 
 
 def decide(
@@ -117,12 +106,16 @@ class _Search:
         self._tightened(chain, memory, _sweep.plain, self.end)
         self.first = self._boxes(chain)
         self.lower = _sweep.logits(chain, rows, memory)
-        self.closed = torch.full_like(self.lower, torch.inf)
-        self.relus = [op for op in chain.done if op.kind == "relu"]
-        self.input = chain.graph.input
-        self.at_once = max(1, min(domains, _sweep.block(chain, memory / (4 * (1 + len(self.relus)))) * chain.batch))
-        self.heap: list[tuple[int, float, int, _Domain]] = []
-        self.dropped: list[_Domain] = []
+        self.least = torch.full(
+            rows.shape[:2], torch.inf, dtype=torch.float64, device=rows.device
+        )  # of domains that are done with
+        self.bends = tuple(op for op in chain.done if op.kind in _BENT)
+        self.widths = tuple(self.first[op.reads()[0]][0].shape[1] for op in self.bends)
+        self.kind = chain.kind
+        self.at_once = max(1, min(domains, _sweep.block(chain, memory / (4 * (1 + len(self.bends)))) * chain.batch))
+        self.lows, self.highs = list(box.low.unbind()), list(box.high.unbind())
+        self.heap: list[tuple[int, float, int, int, int, int]] = []  # visits, bound, count, number, image, row
+        self.pool = Pool(self._whole(self.broken.new_zeros(0, 2, dtype=torch.int64)))
         self.left = torch.zeros_like(self.broken)
         self.visits = torch.zeros_like(self.broken, dtype=torch.int64)
         self.waiting = torch.zeros_like(self.visits)
@@ -165,19 +158,18 @@ class _Search:
         self._descend(open_)
         self._root(images)
         self._paused(pause, (self.lower <= self.goal) & ~self.broken)
-        for image, row in ((self.lower <= self.goal) & ~self.broken & ~self.left).nonzero().tolist():
-            self._push(_Domain(image, row, self.box.low[image], self.box.high[image]))
+        self._push(self._whole(((self.lower <= self.goal) & ~self.broken & ~self.left).nonzero()))
         while self.heap and limit > 0 and time.monotonic() < self.end:
-            batch: list[_Domain] = []
+            batch: list[int] = []
             while self.heap and len(batch) < min(limit, self.at_once):
-                domain = heapq.heappop(self.heap)[3]
-                self.waiting[domain.image, domain.row] -= 1
-                if not bool(self.broken[domain.image, domain.row] | self.left[domain.image, domain.row]):
-                    batch.append(domain)
+                *_, number, image, row = heapq.heappop(self.heap)
+                self.waiting[image, row] -= 1
+                if bool(self.broken[image, row] | self.left[image, row]):
+                    self._retire(self.pool.take([number]))
                 else:
-                    self.dropped.append(domain)
+                    batch.append(number)
             if batch:
-                self._bound(batch)
+                self._bound(self.pool.take(batch))
             limit -= len(batch)
             open_ = (self.waiting > 0) & ~self.broken & ~self.left
             if on_step is not None:
@@ -189,30 +181,46 @@ class _Search:
             self.left |= pause(open_, self.broken, self.points)
 
     def result(self) -> Tensor:
-        """The least bound of a row's leaves, proved, open or dropped, and never below the first one."""
-        found = self.closed.clone()
-        for domain in (*self.dropped, *(entry[-1] for entry in self.heap)):
-            here = found[domain.image, domain.row]
-            found[domain.image, domain.row] = min(float(here), domain.bound)
+        """The least bound of a row's leaves, proved, open or left, and never below the first one."""
+        self._retire(self.pool.take([entry[3] for entry in self.heap]))
+        found = self.least
         searched = torch.isfinite(found)
         lower = torch.where(searched, torch.maximum(found, self.lower), self.lower)
         if bool((self.broken & (lower > self.goal)).any()):
             raise Contradiction("branch and bound: a row is refuted by a point and proved; one of the bounds is wrong")
         return lower
 
-    def _push(self, domain: _Domain) -> None:
-        self.count += 1
-        self.waiting[domain.image, domain.row] += 1
-        heapq.heappush(self.heap, (int(self.visits[domain.image, domain.row]), domain.bound, self.count, domain))
+    def _whole(self, places: Tensor) -> Domains:
+        """Domains without constraints for images and rows [N, 2]."""
+        image, row = places.unbind(1)
+        none = torch.zeros(len(places), 0, dtype=self.kind, device=places.device)
+        slopes = none.new_full((len(places), sum(self.widths)), torch.nan, dtype=torch.float16)
+        bound = torch.full_like(image, -torch.inf, dtype=torch.float64)
+        return Domains(image, row, image, bound, none.long(), none, none, none, slopes)
+
+    def _push(self, some: Domains) -> None:
+        spots, ones = (some.image, some.row), torch.ones_like(some.image)
+        self.waiting.index_put_(spots, ones, accumulate=True)
+        numbers = self.pool.put(some)
+        parts = (self.visits[spots], some.bound, some.image, some.row)
+        for number, visits, bound, image, row in zip(numbers, *(part.tolist() for part in parts), strict=True):
+            self.count += 1
+            heapq.heappush(self.heap, (visits, bound, self.count, number, image, row))
+
+    def _retire(self, some: Domains) -> None:
+        """What is never looked at again still counts for its row."""
+        spots = some.image * self.least.shape[1] + some.row
+        self.least.view(-1).scatter_reduce_(0, spots, some.bound, "amin")
 
     def _root(self, images: Tensor) -> None:
         """Boxes of what non-linear operations read, with optimised slopes, for the images that are open."""
         chain = Chain(self.net, self._part(images, self.box.low[images], self.box.high[images]), self.unit, self.double)
-        room = self.memory / (4 * (1 + len(self.relus)))
+        room = self.memory / (4 * (1 + len(self.bends)))
         now = time.monotonic()
         end = now + _ROOT * (self.end - now)
-        self._tightened(chain, room, _slopes.optimised(self.box_steps, _RATE), end, images)
-        self.place = {int(image): i for i, image in enumerate(images)}
+        self._tightened(chain, room, _slopes.optimised(self.box_steps, _BOX_RATE), end, images)
+        self.place = torch.full((len(self.rows),), -1, device=images.device)
+        self.place[images] = torch.arange(len(images), device=images.device)
         self.roots = self._boxes(chain)
         found = _sweep.logits(chain, self.rows[images], self.memory)
         self.lower[images] = torch.maximum(self.lower[images], found)
@@ -221,91 +229,78 @@ class _Search:
         ball = self.box.ball
         return Box(low, high, None if ball is None else Ball(ball.centre[images], ball.norm, ball.eps))
 
-    def _bound(self, batch: list[_Domain]) -> None:
-        images = torch.tensor([d.image for d in batch], device=self.rows.device)
-        rows = torch.tensor([d.row for d in batch], device=self.rows.device)
-        places = torch.tensor([self.place[d.image] for d in batch], device=self.rows.device)
-        box = self._part(images, torch.stack([d.low for d in batch]), torch.stack([d.high for d in batch]))
-        chain = Chain(self.net, box, self.unit, self.double)
-        signs: dict[str, Tensor] = {}
-        betas: dict[str, Tensor] = {}
-        for at, relu in enumerate(self.relus):
-            name = relu.reads()[0]
-            sign = torch.zeros(len(batch), self.roots[name][0].shape[1], dtype=chain.kind, device=box.low.device)
-            beta = torch.zeros_like(sign)
-            for i, domain in enumerate(batch):
-                for (which, neuron, side), value in zip(domain.splits, (*domain.multipliers, 0.0), strict=False):
-                    if which == at:
-                        sign[i, neuron], beta[i, neuron] = side, value
-            signs[relu.result], betas[relu.result] = sign, beta
+    def _bound(self, some: Domains) -> None:
+        spots, boxes = (some.image, some.row), some.box.tolist()
+        low, high = (torch.stack([ends[i] for i in boxes]) for ends in (self.lows, self.highs))
+        chain = Chain(self.net, self._part(some.image, low, high), self.unit, self.double)
+        known = Known(self.bends, self.widths, some.at, some.side, some.point, some.push)
+        self._follow(chain, known, self.place[some.image])
+        self.visits.index_put_(spots, torch.ones_like(some.image), accumulate=True)
+        start = self._slopes(chain, some)
+        row, goal = self.rows[spots].to(chain.kind), self.goal[spots]
+        found = ascend(chain, row, start, known, self.steps, _RATE, goal)
+        self._corners(some, found)
+        bound = torch.maximum(torch.where(chain.empty, torch.inf, found.best), some.bound)
+        ends = [
+            chain.flat(op.reads()[0], found.lower[op.result][0])
+            if op.result in found.lower
+            else torch.zeros(len(some), width, device=low.device)
+            for op, width in zip(self.bends, self.widths, strict=True)
+        ]
+        slopes = torch.cat(ends, 1).half() if ends else some.slopes
+        some = replace(some, bound=bound, push=found.push, slopes=slopes)
+        open_ = (bound <= goal) & ~self.broken[spots]
+        self._retire(some[~open_])
+        if bool(open_.any()):
+            scores, points = self._scores(chain, found)
+            watched = found.watch.get(chain.graph.input)
+            self._split(some[open_], scores[open_], points[open_], None if watched is None else watched[0][open_])
 
-        def cut(op: object) -> None:
-            for name in chain.operands(op):  # type: ignore[arg-type]
-                if name not in self.roots:
-                    continue
-                low, high = (end[places] for end in self.roots[name])
-                result = getattr(op, "result", "")
-                if result in signs:
-                    low = torch.where(signs[result] > 0, low.clamp(min=0), low)
-                    high = torch.where(signs[result] < 0, high.clamp(max=0), high)
-                chain.tighten(name, chain.unflat(name, low), chain.unflat(name, high))
+    def _follow(self, chain: Chain, known: Known, places: Tensor) -> None:
+        """The chain of the domains: the boxes of the root, cut by what is known."""
+        low_cuts, high_cuts = known.ends()
+
+        def cut(op: Op) -> None:
+            for name in chain.operands(op):
+                if name in self.roots:
+                    low, high = (end[places] for end in self.roots[name])
+                    if op.result in low_cuts:
+                        low, high = torch.maximum(low, low_cuts[op.result]), torch.minimum(high, high_cuts[op.result])
+                    chain.tighten(name, chain.unflat(name, low), chain.unflat(name, high))
 
         _sweep.follow(chain, cut)
-        here = self.rows[images, rows].to(chain.kind).unsqueeze(0)
-        held = {
-            relu.result: chain.unflat(relu.reads()[0], signs[relu.result])
-            for relu in self.relus
-            if bool(signs[relu.result].any())
-        }
+
+    def _slopes(self, chain: Chain, some: Domains) -> dict[str, Tensor]:
+        """The slopes that the parents' ascent ended with, else those of CROWN."""
         first = _slopes.drawn(chain, chain.graph.output, 1)
-        for key, slopes in first.items():
-            slopes[0] = torch.stack([domain.slopes.get(key, slopes[0, i]) for i, domain in enumerate(batch)])
-        names = {relu.result: relu.reads()[0] for relu in self.relus}
-        start = {key: chain.unflat(names[key], betas[key]) for key in held}
-        goal = self.goal[images, rows]
-        self.visits.index_put_((images, rows), torch.ones_like(rows), accumulate=True)
-        found = _slopes.ascend(chain, chain.graph.output, here, first, held, self.steps, _RATE, goal, start)
-        best, watch = found.best, found.watch
-        ended = {key: chain.flat(names[key], value) for key, value in found.multipliers.items()}
-        self._corners(batch, images, rows, watch)
-        scores = self._scores(chain, signs, watch)
-        bounds, goals = torch.where(chain.empty, torch.inf, best[0]).tolist(), goal.tolist()
-        for i, domain in enumerate(batch):
-            bound = max(bounds[i], domain.bound)
-            spot = (domain.image, domain.row)
-            if bound > goals[i]:
-                self.closed[spot] = min(float(self.closed[spot]), bound)
-            elif not bool(self.broken[spot]):
-                kept = tuple(float(ended[self.relus[which].result][i, neuron]) for which, neuron, _ in domain.splits)
-                ends = {key: ended_at[0, i].clone() for key, ended_at in found.lower.items()}
-                after = replace(domain, bound=bound, multipliers=kept, slopes=ends)
-                self._split(after, scores[i], watch.get(chain.graph.input), i)
-            else:
-                self.dropped.append(domain)
+        for op, theirs in zip(self.bends, torch.split(some.slopes, list(self.widths), 1), strict=True):
+            if op.result in first:
+                old = chain.unflat(op.reads()[0], theirs.to(chain.kind)).unsqueeze(0)
+                first[op.result] = torch.where(old.isnan(), first[op.result], old)
+        return first
 
-    def _corners(self, batch: list[_Domain], images: Tensor, rows: Tensor, watch: dict[str, Tensor]) -> None:
+    def _corners(self, some: Domains, found: Ascent) -> None:
         """Where the last linear bound is least, the network itself may be low enough."""
-        slopes = watch.get(self.input)
-        if slopes is None:
+        if found.lowest is None:
             return
-        points = torch.where(slopes[0] > 0, torch.stack([d.low for d in batch]), torch.stack([d.high for d in batch]))
-        if self.box.ball is not None:
-            points = torch.stack([self._inside(d.image, point) for d, point in zip(batch, points, strict=True)])
-        values = (self.rows[images, rows].double() * self.net(points).double()).sum(1)
-        for i in (values <= self.goal[images, rows]).nonzero()[:, 0].tolist():
-            image, row = batch[i].image, batch[i].row
-            if not bool(self.broken[image, row]):
-                self.broken[image, row] = True
-                self.points[image, row] = points[i]
+        spots = some.image, some.row
+        points = self._inside(some.image, found.lowest.to(self.points.dtype))
+        values = (self.rows[spots].double() * self.net(points).double()).sum(1)
+        for i in ((values <= self.goal[spots]) & ~self.broken[spots]).nonzero()[:, 0].tolist():
+            image, row = int(some.image[i]), int(some.row[i])
+            self.broken[image, row] = True
+            self.points[image, row] = points[i]
 
-    def _inside(self, image: int, point: Tensor) -> Tensor:
-        """The point drawn towards the ball's centre until it is in the ball."""
+    def _inside(self, images: Tensor, points: Tensor) -> Tensor:
+        """The points [N, ...] drawn towards the balls' centres until they are in the balls."""
         ball = self.box.ball
         if ball is None:
-            return point
-        away = point - ball.centre[image]
-        length = torch.linalg.vector_norm(away.double(), 1.0 if ball.norm == "l1" else 2.0)
-        return ball.centre[image] + away * min(1.0, ball.eps / max(float(length), 1e-12) * (1 - 1e-6))
+            return points
+        away = points - ball.centre[images]
+        length = torch.linalg.vector_norm(away.double().flatten(1), 1.0 if ball.norm == "l1" else 2.0, 1)
+        share = (ball.eps / length.clamp(min=1e-12) * (1 - 1e-6)).clamp(max=1.0).to(points.dtype)
+        inside: Tensor = ball.centre[images] + away * share.view(-1, *(1,) * (points.dim() - 1))
+        return inside
 
     def _try(self, points: Tensor) -> None:
         """Keeps the points [B, R, ...] that refute their rows."""
@@ -325,43 +320,46 @@ class _Search:
                 total = (self.rows * logits * open_.unsqueeze(2)).sum()
             (grad,) = torch.autograd.grad(total, points)
             points = (points - grad.sign() * (high - low) * (0.5 * 0.85**step)).clamp(low, high).detach()
-            for image, row in open_.nonzero().tolist():
-                points[image, row] = self._inside(image, points[image, row])
+            images = torch.arange(len(points), device=points.device).repeat_interleave(points.shape[1])
+            points = self._inside(images, points.flatten(0, 1)).view_as(points)
             self._try(points)
             if bool((self.broken | ~open_).all()):
                 return
 
-    def _scores(self, chain: Chain, signs: dict[str, Tensor], watch: dict[str, Tensor]) -> Tensor:
-        """[D, all ReLU inputs]: what the lines of an open one lose in the bound; -1 where it is not open."""
-        parts = []
-        for relu in self.relus:
-            name = relu.reads()[0]
+    def _scores(self, chain: Chain, found: Ascent) -> tuple[Tensor, Tensor]:
+        """[B, all bends]: what the lines of one lose in the bound, -1 where it is exact; and where to split it."""
+        scores, points = [], []
+        for op in self.bends:
+            name = op.reads()[0]
             low, high = (chain.flat(name, end) for end in _ends(chain, name))
-            slopes = watch.get(relu.result)
-            weight = torch.zeros_like(low) if slopes is None else chain.flat(relu.result, slopes[0])
+            slopes = found.watch.get(op.result)
+            weight = torch.zeros_like(low) if slopes is None else chain.flat(op.result, slopes[0])
             above = -weight.clamp(max=0) * high * -low / (high - low).clamp(min=1e-30)
             below = weight.clamp(min=0) * torch.minimum(high, -low) / 2
-            parts.append(torch.where((low < 0) & (high > 0) & (signs[relu.result] == 0), above + below, -1.0))
-        return torch.cat(parts, 1) if parts else torch.zeros(chain.batch, 0, device=chain.ends.inside.low.device)
+            scores.append(torch.where((low < 0) & (high > 0), above + below, -1.0))
+            points.append(torch.zeros_like(low))
+        if not scores:
+            return (torch.zeros(chain.batch, 0, device=self.rows.device),) * 2
+        return torch.cat(scores, 1), torch.cat(points, 1)
 
-    def _split(self, domain: _Domain, scores: Tensor, slopes: Tensor | None, place: int) -> None:
-        best = int(scores.argmax()) if scores.numel() else -1
-        if best >= 0 and float(scores[best]) >= 0:
-            for at, relu in enumerate(self.relus):
-                width = self.roots[relu.reads()[0]][0].shape[1]
-                if best < width:
-                    for side in (1, -1):
-                        self._push(replace(domain, splits=(*domain.splits, (at, best, side))))
-                    return
-                best -= width
-        width_of = domain.high - domain.low
-        gain = width_of if slopes is None else width_of * (slopes[0, place].abs() + 1e-12)
-        at = int(gain.argmax())
-        middle = (domain.low + domain.high).flatten()[at] / 2
-        for side in (0, 1):
-            low, high = domain.low.clone(), domain.high.clone()
-            (high if side == 0 else low).view(-1)[at] = middle
-            self._push(replace(domain, low=low, high=high))
+    def _split(self, some: Domains, scores: Tensor, points: Tensor, slopes: Tensor | None) -> None:
+        """Two of each: at the value that scores best, or across the input that the bound depends on most."""
+        best, at = scores.max(1) if scores.shape[1] else (scores.new_full((len(some),), -1.0), some.image)
+        bent = best >= 0
+        if bool(bent.any()):
+            self._push(some[bent].halves(at[bent], points[bent].gather(1, at[bent].unsqueeze(1)).squeeze(1)))
+        for i in (~bent).nonzero()[:, 0].tolist():
+            box = int(some.box[i])
+            low, high = self.lows[box], self.highs[box]
+            gain = (high - low) * (1.0 if slopes is None else slopes[i].abs() + 1e-12)
+            side = int(gain.argmax())
+            left, right = high.clone(), low.clone()
+            left.view(-1)[side] = right.view(-1)[side] = (low + high).flatten()[side] / 2
+            number = len(self.lows)
+            self.lows += [low, right]
+            self.highs += [left, high]
+            both = some[torch.tensor([i, i], device=some.image.device)]
+            self._push(replace(both, box=torch.tensor([number, number + 1], device=some.image.device)))
 
 
 def _ends(chain: Chain, name: str) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ from stages.verification.clock import Clock
 from stages.verification.falsify import Hunt
 
 _REGIONS = 16
-_DOMAINS = 128
-_BOX_STEPS, _STEPS = 10, 10
+_DOMAINS = 256
+_BOX_STEPS, _STEPS = 10, 3
 _MEMORY = 1.0  # GiB of coefficients
 _SHARE = 4  # one part in so many of the time is the search's
 
