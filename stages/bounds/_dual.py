@@ -96,7 +96,8 @@ def ascend(
             total = found.sum()
         best = torch.maximum(best, found.detach())
         lowest = chain.ends.lowest(watch[chain.graph.input][0].detach()) if chain.graph.input in watch else None
-        still = lowest is None or not (plain or total.requires_grad)  # nothing that is free moves the bound
+        # Nothing moves a bound whose way does not pass by what is free.
+        still = not known.bends or lowest is None or not (plain or total.requires_grad)
         last = step == steps or still or bool((best > goal).all())
         reached = _reached(chain, alphas, watch, lowest) if plain and lowest is not None else None
         if last:
