@@ -20,6 +20,7 @@ from stages.scene import shares
 from stages.shipped import Shipped
 from stages.threat import Threat
 from stages.trial import prove
+from stages.unproved import counts, settled
 
 CERTIFIED = "accuracy.certified.shipped.test"
 FLOAT, GAP = "accuracy.certified.float.test", "gap.certified"
@@ -38,7 +39,7 @@ class Certified:
     measurements: tuple[Measurement, ...]
     outcomes: dict[str, Outcomes]
     contract: dict[str, Any]
-    shares: tuple[dict[str, str | int], ...]
+    shares: tuple[dict[str, str | int | dict[str, int]], ...]
     findings: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -92,10 +93,11 @@ def certify_file(
         "certifiers": {name: certifier.dump() for name, certifier in able.items()},
         "images": len(x),
         "proved": int(hits.sum()),
+        "unproved": counts(settled(found.why, hits, right & alive)),
         "slack": 2 * gap,
     }
     text = f"{broken} of {int(hits.sum())} images proved for {file} were broken on it; must be none"
-    bar = shares(file, right, hits, alive)
+    bar = shares(file, right, hits, alive, found.why)
     return Certified((number,), outcomes, told, (bar,), (*failed, *((text,) if broken else ())), tuple(notes))
 
 

@@ -20,6 +20,7 @@ from stages.method import InputError, Value
 from stages.nn import _atomic
 from stages.oracle import Logits
 from stages.threat import Threat
+from stages.unproved import Reason
 
 CLEAN = "clean"
 """`broken_by` of an example that is wrong without any attack."""
@@ -76,7 +77,8 @@ class Example(Value):
 
     `margin_attacked`, `distance` (in the threat's norm) and `attacked` (the prediction) belong to the stored
     adversarial input, which is the one with the lowest margin of all that broke it; an unbroken example is stored as
-    it is. `certified` holds sound lower bounds of the margin within the threat, null where a certifier says nothing.
+    it is. `certified` holds sound lower bounds of the margin within the threat, null where a certifier says nothing;
+    `unproved` says in a word why none proves the example (`stages.unproved`), null where one does or none was asked.
     `estimated_margin` is no bound, and `smoothed` speaks of another classifier; an audit fills them in if asked.
     `open` marks an example without a verdict: the gate's was certain before its turn came.
     """
@@ -94,6 +96,7 @@ class Example(Value):
     distance: float
     certified: dict[str, bool]
     certified_margin: dict[str, float | None]
+    unproved: Reason | None = None
     estimated_margin: dict[str, float | None] = {}
     smoothed: OfSmoothed | None = None
     open: bool = False

@@ -54,6 +54,8 @@ READS = (ATTACKS, DETECTORS)
 PassSpec = str | dict[str, Any]
 FIGURES = "figures.json"
 _FLOAT32 = "fp32"
+CASCADE = ("quantised", {"kind": "quantised", "inner": "crown"})
+CERTIFY_SECONDS = 300.0  # for each file
 _FIGURES = (FIGURES, "images/")
 WITH_DETECTOR = detection.names("shipped.test")
 
@@ -64,9 +66,10 @@ class Config(Value):
     `machine` is the device's kind of processor where it is not this machine: then speed is owed and not measured here.
     `attacks` go through the file (gradients through its torch twin), on the test images together with those of validate
     that are not among them, so that file and float network stand up to the same. `certify` proves the file itself, on
-    the same images; "quantised" covers int8, and is what a limit on `accuracy.certified.shipped.test` brings in. Of a
-    lowered file the float32 graph beside it is certified too, and the gap is told; each ends after `certify_seconds`,
-    if given. For TensorRT the proof is of the graph as onnxruntime runs it, not of the engine that the device builds.
+    the same images; "quantised" covers int8, and is what a limit on `accuracy.certified.shipped.test` brings in, round
+    CROWN-IBP and then round CROWN, with 300 seconds a file. Of a lowered file the float32 graph beside it is certified
+    too, and the gap is told; each ends after `certify_seconds`, if given. For TensorRT the proof is of the graph as
+    onnxruntime runs it, not of the engine that the device builds.
     `calibration` images, half of them attacked, fix the ranges of int8. `holdout_samples` bounds the images on which
     attempts are judged.
     """
@@ -116,9 +119,11 @@ def measures(config: Config, task: Mapping[str, Any]) -> frozenset[str]:
 
 
 def obeying(table: Mapping[str, Any], limits: Budget) -> Mapping[str, Any]:
-    """A limit on the file's certified accuracy asks for a certifier that covers int8 too, unless others are named."""
-    demanded = any(limit.metric == CERTIFIED for limit in limits)
-    return {"certify": ["quantised"], **table} if demanded else table
+    """A limit on the file's certified accuracy asks for certifiers that cover int8 too, and for a time, unless others
+    are named."""
+    if "certify" in table or all(limit.metric != CERTIFIED for limit in limits):
+        return table
+    return {"certify": CASCADE, "certify_seconds": CERTIFY_SECONDS, **table}
 
 
 def run(files: Files, config: Config, ctx: Context) -> Result:

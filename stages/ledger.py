@@ -97,7 +97,7 @@ def document(
     """By docs/audit.schema.json; fractions lie in [0, 1]."""
     data: dict[str, Any] = {"schema_version": SCHEMA, "clean": None, "robust": None, "certified": None}
     data |= {name: _numbers(hits) for name, hits in _shares(verdicts).items()}
-    data["early"] = None
+    data["unproved"], data["early"] = verdicts.unproved, None
     if (early := verdicts.struck.early) is not None:
         value, low, high = early.interval()
         judged = len(early.open) - int(early.open.sum())

@@ -21,6 +21,7 @@ from stages.oracle import Spent
 from stages.pictures import difference, png
 from stages.threat import Threat
 from stages.trial import Hit, Proved
+from stages.unproved import Reason, counts, settled
 from stages.validity import PROBE
 
 
@@ -101,14 +102,17 @@ def write(
     }
     if proved.leads:
         any_proved = torch.stack(list(proved.certified(scene.right).values())).any(0)
-        figures["verdicts"] = [shares("the float32 network", scene.right, any_proved, struck.alive)]
+        figures["verdicts"] = [shares("the float32 network", scene.right, any_proved, struck.alive, proved.why)]
     _atomic.write(out / "figures.json", json_bytes(figures))
     pictures = [name for _, picture in names for name in picture.values()]
     return {name: out / name for name in ("evidence.jsonl", "adversarial.safetensors", "figures.json", *pictures)}
 
 
-def shares(of: str, right: Tensor, proved: Tensor, alive: Tensor) -> dict[str, str | int]:
-    """One bar of the report: every image is proved, broken or open; `wrong` of the broken ones needed no attack.
+def shares(
+    of: str, right: Tensor, proved: Tensor, alive: Tensor, why: Sequence[Reason | None]
+) -> dict[str, str | int | dict[str, int]]:
+    """One bar of the report: every image is proved, broken or open; `wrong` of the broken ones needed no attack, and
+    `why` counts the reasons that keep others open.
 
     right, proved, alive: bool [N]. A proof that an attack broke is none.
     """
@@ -121,6 +125,7 @@ def shares(of: str, right: Tensor, proved: Tensor, alive: Tensor) -> dict[str, s
         "open": int(standing.sum()) - held,
         "broken": int((~standing).sum()),
         "wrong": int((~right).sum()),
+        "why": {word: count for word, count in counts(settled(why, proved, standing)).items() if word != "broken"},
     }
 
 
@@ -131,6 +136,9 @@ def examples(scene: Scene, struck: Struck, proved: Proved) -> list[evidence.Exam
     before, after = evidence.lead(z, scene.y), evidence.lead(attacked, scene.y)
     distance = scene.threat.distance(struck.x_adv, scene.x)
     certified = proved.certified(scene.right)
+    why: list[Reason | None] = [None] * len(scene.x)
+    if certified:
+        why = settled(proved.why, torch.stack(list(certified.values())).any(0), scene.right & struck.alive)
     rows = []
     for i, index in enumerate(scene.indices.tolist()):
         # What is wrong without an attack survived none; what was proved, or broken before, was not tried.
@@ -152,6 +160,7 @@ def examples(scene: Scene, struck: Struck, proved: Proved) -> list[evidence.Exam
                 distance=float(distance[i]),
                 certified={name: bool(bits[i]) for name, bits in certified.items()},
                 certified_margin={name: _finite(float(margins[i])) for name, margins in proved.margins.items()},
+                unproved=why[i],
                 open=open_[i],
             )
         )

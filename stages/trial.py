@@ -1,7 +1,7 @@
 """Every example's verdict: proved, broken or standing. Attacks and bounds meet here; neither knows the other."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,10 @@ from stages.finding import Finding
 from stages.method import InputError
 from stages.oracle import Logits, Oracle, Spent
 from stages.threat import Threat
+from stages.unproved import REASONS, Reason, counts
 
 _BATCH, _PIECE = 256, 32
+_LATE = 0.9  # of its own time, and what a certifier has left open it had no time for
 _TESTED = 8
 _SHORT = PGD(steps=10, loss="margin", start="zero")
 
@@ -25,11 +27,13 @@ class Proved:
     """By certifier: sound lower bounds of z_y - z_k, [N, K], +inf at k = y, -inf where it says nothing.
 
     `findings` says which certifier has no rule for the network, or failed on it: it proves nothing, which is sound.
+    `why` has a word for every image, None where proved; attacks that come later may add to those that are broken.
     """
 
     certifiers: dict[str, Certifier]
     leads: dict[str, Tensor]
     findings: tuple[Finding, ...]
+    why: tuple[Reason | None, ...] = ()
 
     @property
     def margins(self) -> dict[str, Tensor]:
@@ -66,62 +70,114 @@ def prove(
     an image has a finding that fails.
 
     With `seconds`, what is proved by then counts, and the rest is open: the clock is looked at between pieces of 32
-    images, and certifiers with a clock of their own get no more than is left. Fewer images are bounded at once where
-    memory is short. The finding "unproved" says why what is open is open.
+    images, of a dear certifier as many as it will likely do in time, and certifiers with a clock of their own get no
+    more than is left. Fewer images are bounded at once where memory is short; a certifier whose memory holds not one
+    leaves them to the others. `why` and the finding "unproved" say why what is open is open.
 
-    Raises `InputError` for a method that proves nothing, by whatever way it came here, and where a certifier's memory
-    does not hold a single image; `Contradiction` where bounds and a point contradict each other.
+    Raises `InputError` for a method that proves nothing, by whatever way it came here, and where no certifier's memory
+    holds a single image; `Contradiction` where bounds and a point contradict each other.
     """
-    for method in certifiers.values():
-        certifier(method)
-    leads, findings = {}, []
+    certifiers = {name: certifier(method) for name, method in certifiers.items()}
+    leads, findings, scant = {}, [], list[TooLittleMemory]()
     wrong = torch.arange(classes, device=x.device).unsqueeze(0) != y.unsqueeze(1)
-    left, late = torch.arange(len(x), device=x.device), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    refuted: Tensor | None = None
+    left, rank = torch.arange(len(x), device=x.device), torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    refuted = left[:0]
     end = None if seconds is None else time.monotonic() + seconds
+    struck = False
+
+    def ask(method: Certifier, rows: Tensor) -> Tensor:
+        bounds = method.lower(net, Box.around(x[rows], threat), lead_rows(net, x[rows], y[rows])).detach()
+        if bool(bounds.isnan().any()):
+            raise InputError("its bounds are NaN")
+        return bounds
+
     for name, method in certifiers.items():
-        if refuted is None and not method.cheap and len(left) and (end is None or time.monotonic() < end):
+        if not (struck or method.cheap) and len(left) and not _over(end):
+            struck = True
             held, _ = under_attack(net, _SHORT, x[left], y[left], threat, 0)
             refuted = left[~held]
             left = torch.cat([left[held], refuted[:_TESTED]])
         found = torch.full((len(x), classes), float("inf"), device=x.device)
         found[wrong] = float("-inf")
-        at, size = 0, _BATCH if end is None else _PIECE
         try:
-            while at < len(left) and (end is None or time.monotonic() < end):
-                rows = left[at : at + size]
-                ends, labels = Box.around(x[rows], threat), y[rows]
-                try:
-                    able = _hurried(method, end, len(rows))
-                    bounds = able.lower(net, ends, lead_rows(net, x[rows], labels)).detach()
-                except TooLittleMemory:
-                    if len(rows) == 1:
-                        raise
-                    size = len(rows) // 2
-                    continue
-                if bool(bounds.isnan().any()):
-                    raise InputError("its bounds are NaN")
-                found[rows] = found[rows].masked_scatter(wrong[rows], bounds)
-                at += len(rows)
-                on_step(name)(at, len(left))
-            late[left[at:]] = True
-        except (TooLittleMemory, Contradiction, MemoryError, torch.OutOfMemoryError):
+            way = _through(method, left, end, ask, on_step(name))
+        except (Contradiction, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # one that torch raises inside a certifier says no more than that it has no rule
             reason = str(error) if isinstance(error, InputError) else _first_line(error)
-            found[wrong] = float("-inf")
             findings.append(Finding(f"covers_{name}", True, f"{name} proves nothing about this network: {reason}"))
+        else:
+            for rows, bounds in way.pieces:
+                found[rows] = found[rows].masked_scatter(wrong[rows], bounds)
+            for word, rows in (("loose", way.bounded), ("memory", way.scant), ("time", way.late)):
+                rank[rows] = rank[rows].clamp(min=REASONS.index(word))
+            if way.error is not None:
+                scant.append(way.error)
+                text = f"{name} leaves {len(way.scant)} images as they are: {way.error}"
+                findings.append(Finding(f"memory_{name}", True, text))
         leads[name] = found
         left = left[~(found[left] > 0).all(1)]
-        if refuted is not None and (claimed := int((found[refuted] > 0).all(1).sum())):
+        if claimed := int((found[refuted] > 0).all(1).sum()):
             text = f"{claimed} images that {name} proved are read wrongly, as they are or after a few gradient steps"
             findings.append(Finding(f"refuted_{name}", False, f"{text}; must be none"))
-    lost = 0 if refuted is None else len(refuted)
-    left = left if refuted is None else left[~torch.isin(left, refuted)]
-    ran = {name: method for name, method in certifiers.items() if f"covers_{name}" not in {f.name for f in findings}}
-    if len(left) + lost and ran:
-        findings.append(_unproved(len(x), len(left), int(late[left].sum()), lost, ran, seconds))
-    return Proved(dict(certifiers), leads, tuple(findings))
+    if len(scant) == len(certifiers) > 0:
+        raise scant[0]
+    rank[refuted] = REASONS.index("broken")
+    left = torch.cat([left[~torch.isin(left, refuted)], refuted])
+    why: list[Reason | None] = [None] * len(x)
+    for image in left.tolist():
+        why[image] = REASONS[int(rank[image])]
+    if len(left) and certifiers:
+        lacking = {finding.name for finding in findings}
+        ran = {name: method for name, method in certifiers.items() if f"covers_{name}" not in lacking}
+        findings.append(_unproved(why, ran, seconds))
+    return Proved(dict(certifiers), leads, tuple(findings), tuple(why))
+
+
+@dataclass(slots=True)
+class _Way:
+    """One certifier's way through images: its bounds piece by piece; then which images it bounded, which it had no time
+    for, its own clock counted, and which its memory does not hold, `error` says why."""
+
+    pieces: list[tuple[Tensor, Tensor]]
+    bounded: Tensor
+    late: Tensor
+    scant: Tensor
+    error: TooLittleMemory | None = None
+
+
+def _through(
+    method: Certifier,
+    left: Tensor,
+    end: float | None,
+    ask: Callable[[Certifier, Tensor], Tensor],
+    on_step: OnStep,
+) -> _Way:
+    at, size = 0, _BATCH if end is None else _PIECE if method.cheap else 1
+    pieces, late = list[tuple[Tensor, Tensor]](), list[Tensor]()
+    while at < len(left) and not _over(end):
+        rows, start = left[at : at + size], time.monotonic()
+        able = _hurried(method, end, len(rows))
+        try:
+            pieces.append((rows, ask(able, rows)))
+        except TooLittleMemory as error:
+            if len(rows) == 1:
+                return _Way(pieces, left[:at], torch.cat([left[:0], *late]), left[at:], error)
+            size = len(rows) // 2
+            continue
+        at += len(rows)
+        on_step(at, len(left))
+        took, own = time.monotonic() - start, _clock(able)
+        if own is not None and took > _LATE * own * len(rows):
+            late.append(rows)
+        if end is not None and not method.cheap:
+            fits = int(len(rows) * (end - start - took) / max(took, 1e-6))
+            size = max(1, min(fits, 2 * len(rows), _PIECE))
+    return _Way(pieces, left[:at], torch.cat([left[at:], *late]), left[:0])
+
+
+def _over(end: float | None) -> bool:
+    return end is not None and time.monotonic() >= end
 
 
 def _hurried(method: Certifier, end: float | None, images: int) -> Certifier:
@@ -136,15 +192,19 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {''.join(str(error).strip().splitlines()[:1])}"
 
 
-def _unproved(
-    total: int, left: int, late: int, lost: int, certifiers: Mapping[str, Certifier], seconds: float | None
-) -> Finding:
-    clocks = [f"{name} has {own:g} s an image" for name, method in certifiers.items() if (own := _clock(method))]
-    names, loose = ", ".join((*certifiers, *clocks)), left - late
-    why = [f"{loose} because no lower bound of their lead is above 0 ({names})"] if loose else []
-    why += [f"{late} because the {seconds:g} s for certifying were over"] if late else []
-    why += [f"{lost} because they are read wrongly, as they are or after a few gradient steps"] if lost else []
-    text = f"{left + lost} of {total} images, those read wrongly among them, are not proved: {', '.join(why)}"
+def _unproved(why: Sequence[Reason | None], certifiers: Mapping[str, Certifier], seconds: float | None) -> Finding:
+    clocks = [] if seconds is None else [f"the {seconds:g} s for certifying"]
+    clocks += [f"{name}'s {own:g} s an image" for name, method in certifiers.items() if (own := _clock(method))]
+    said: dict[Reason, str] = {
+        "loose": f"no lower bound of their lead is above 0 ({', '.join(certifiers)})",
+        "time": f"{' or '.join(clocks)} were over",
+        "memory": "a certifier's memory does not hold them",
+        "uncovered": "no certifier has a rule for the network",
+        "broken": "they are read wrongly, as they are or after a few gradient steps",
+    }
+    found = counts(why)
+    reasons = ", ".join(f"{found[word]} because {text}" for word, text in said.items() if word in found)
+    text = f"{sum(found.values())} of {len(why)} images, those read wrongly among them, are not proved: {reasons}"
     return Finding("unproved", True, text)
 
 

@@ -32,6 +32,8 @@ from stages.task import Task
 from stages.trial import Proved, prove
 
 ROBUST, CERTIFIED = "accuracy.robust.test", "accuracy.certified.test"
+CASCADE = ("ibp", "crown_ibp", "crown", "alpha_crown", "branch_and_bound")  # the cheapest first
+CERTIFY_SECONDS = 300.0
 LIBRARIES = ("torch", "numpy", "safetensors", "pydantic", "pillow")
 
 
@@ -43,7 +45,9 @@ class Config(Value):
     without one, each on its own; with `sequence`, only what the ones before it left, so that the accuracy under an
     attack counts those before it too. Images that `certify`, which may be empty, proves robust are not attacked, but
     for a twentieth of them, at least 50, to test the proofs; classes proved unreachable are no targets. Certifying ends
-    after `certify_seconds`, if given: what is proved by then counts, and that depends on the machine's speed.
+    after `certify_seconds`, if given: what is proved by then counts, and that depends on the machine's speed. A limit
+    on `accuracy.certified.test` asks for all certifiers, the cheapest first, each for what those before it left open,
+    and for 300 seconds, where the spec says nothing else.
 
     `early` is a confidence, 0.99 say: attacking ends as soon as it is that certain what the gate's limit on
     `accuracy.robust.test`, which is filled in as `stop_at`, will say of all the images under all the attacks, the
@@ -92,10 +96,10 @@ def measures(config: Config, task: Mapping[str, Any]) -> frozenset[str]:
 
 
 def obeying(table: Mapping[str, Any], limits: Budget) -> Mapping[str, Any]:
-    """A demand for proofs brings CROWN in, unless certifiers are named. An early verdict is that on the gate's own
-    limit; several demands on the number leave none to wait for."""
-    if any(limit.metric == CERTIFIED for limit in limits):
-        table = {"certify": ["ibp", "crown"], **table}
+    """A demand for proofs brings the whole cascade in, up to branch and bound, and a time for it, unless certifiers are
+    named. An early verdict is that on the gate's own limit; several demands on the number leave none to wait for."""
+    if any(limit.metric == CERTIFIED for limit in limits) and "certify" not in table:
+        table = {"certify": CASCADE, "certify_seconds": CERTIFY_SECONDS, **table}
     held = [limit for limit in limits if limit.metric == ROBUST]
     if table.get("early") is None or any(limit.at_most is not None or limit.max_loss is not None for limit in held):
         return table

@@ -31,6 +31,7 @@ from stages.seeding import derive, generator
 from stages.subject import Subject
 from stages.threat import Threat
 from stages.trial import Hit, Proved, joined, prove, strike
+from stages.unproved import REASONS, counts, settled
 
 Ready = Callable[[Attack], Attack]
 
@@ -84,6 +85,11 @@ class Verdicts:
         if not self.proved.leads:
             return None
         return torch.stack(list(self.proved.certified(self.scene.right).values())).any(0)
+
+    @property
+    def unproved(self) -> dict[str, int] | None:
+        """How many images are not proved for which reason; None where no certifier was asked."""
+        return None if self.certified is None else counts(settled(self.proved.why, self.certified, self.robust))
 
 
 def judge(
@@ -178,7 +184,7 @@ def _proved(subject: Subject, scene: Scene, plan: Plan, on_step: Callable[[str],
     able = {name: certifier for name, certifier in certifiers.items() if certifier.covers_rounding or not rounds}
     if rounds:
         why = 'the file rounds on the way, and may land a code away from what was bounded; "quantised" covers that'
-    found = Proved({}, {}, ())
+    found = Proved({}, {}, (), (REASONS[0],) * len(scene.x))  # uncovered
     if twin is not None:
         labelled = lambda name: on_step(f"certify {name}")  # noqa: E731
         given = (twin, scene.x, scene.y, subject.classes, scene.threat, able, labelled)
@@ -192,7 +198,7 @@ def _proved(subject: Subject, scene: Scene, plan: Plan, on_step: Callable[[str],
         if name not in found.leads
     ]
     bounds = {name: found.leads[name] - slack if name in found.leads else nothing for name in certifiers}
-    return Proved(dict(certifiers), bounds, (*found.findings, *told))
+    return Proved(dict(certifiers), bounds, (*found.findings, *told), found.why)
 
 
 def _strike(

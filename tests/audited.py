@@ -36,7 +36,7 @@ ENDS: dict[str, tuple[Node, ...]] = {
     "softmax": (("Softmax", [], {"axis": 1}),),
     "nan": (("Log", [], {}),),
     "foreign": (("Shrink", [], {"lambd": 0.0, "bias": 0.0}),),
-    "sine": (("Sin", [], {}),),
+    "floor": (("Floor", [], {}),),
     "noise": (("RandomNormalLike*", [], {"scale": 3.0}),),
     "position": (("CumSum", ["zero"], {}),),
     "neighbours": (("ReduceMean-", ["first"], {"keepdims": 1}),),

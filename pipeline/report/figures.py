@@ -18,6 +18,7 @@ from pipeline.core.record import RunRecord
 FIGURES, TRAINING, COMPRESSION, IMAGES = "figures.json", "training.json", "compression.json", "images/"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LARGEST = 2 << 20
+_OPEN = {"uncovered": "without a rule", "loose": "bounds too loose", "memory": "out of memory", "time": "out of time"}
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -63,6 +64,13 @@ class Shares(_Lenient):
     open: int = Field(ge=0)
     broken: int = Field(ge=0)
     wrong: int = Field(ge=0)
+    why: dict[str, int] = {}
+
+    @property
+    def reasons(self) -> str:
+        """What keeps images open, in brackets; nothing where it is not known or none is."""
+        said = (f"{count} {_OPEN.get(word, word)}" for word, count in self.why.items())
+        return f" ({', '.join(said)})" if self.why else ""
 
     @model_validator(mode="after")
     def _whole(self) -> "Shares":

@@ -35,7 +35,14 @@ def render(view: View) -> str:
     parts += ["## The line, stage by stage", *_stages(view)]
     if view.verdicts:
         counts = (
-            (v.of, *(_part(count, v.images) for count in (v.proved, v.open, v.broken)), str(v.wrong), str(v.images))
+            (
+                v.of,
+                _part(v.proved, v.images),
+                _part(v.open, v.images) + v.reasons,
+                _part(v.broken, v.images),
+                str(v.wrong),
+                str(v.images),
+            )
             for v in view.verdicts
         )
         head = ("of", "proved", "open", "broken", "of these wrong without an attack", "images")

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from stages import trial
 from stages.attacks.apgd import APGD
 from stages.attacks.pgd import PGD
-from stages.bounds.base import Box, Certifier, Contradiction, TooLittleMemory
+from stages.bounds.base import Box, Certifier, Contradiction, TooLittleMemory, certifier
 from stages.bounds.crown_ibp import CrownIBP
 from stages.bounds.ibp import IBP
 from stages.evaluate import OnStep, correct, frozen
 from stages.seeding import generator
 from stages.threat import Threat
 from stages.trial import Proved, prove, spared, strike
+from stages.validate import CASCADE
 from tests.trained import digits, digits_model
 
 SMALL = Threat(norm="linf", eps=0.004)
@@ -148,6 +149,25 @@ def test_no_rows_no_work() -> None:
     assert torch.equal(hit.x_adv, x)
 
 
+def test_each_certifier_of_the_cascade_adds_its_own_and_a_dear_one_takes_a_piece_that_fits_the_clock() -> None:
+    net, (x, y) = digits_model(recipe="at").net, images(24)
+    asked = dict[str, list[int]]()
+    brief = {"alpha_crown": {"steps": 2, "box_steps": 1}, "branch_and_bound": {"limit": 2}}
+    chain = {name: certifier({"kind": name, **brief.get(name, {})}) for name in CASCADE}
+
+    def counting(name: str) -> OnStep:
+        return lambda done, _: asked.setdefault(name, []).append(done)
+
+    with frozen(net):
+        found = prove(net, x, y, 10, Threat(norm="linf", eps=0.07), chain, counting, 99)
+        proved = found.certified(correct(net, x, y))
+    counted = [int(proved[name].sum()) for name in CASCADE]
+    assert sum(counted) == found.why.count(None)  # nobody is asked about what others proved
+    assert sum(number > 0 for number in counted) >= 3
+    assert asked["ibp"] == [24]
+    assert asked["crown"][:2] == [1, 3]
+
+
 class Clock:
     """Stands in for `time`: every certifier's call takes a second."""
 
@@ -188,17 +208,20 @@ def test_when_the_time_is_over_what_is_proved_counts_and_the_rest_says_why(monke
     assert torch.equal(found.margins["slow"][:96], whole[:96])
     assert bool((found.margins["slow"][96:] == -torch.inf).all())
     (told,) = found.findings
-    proved = int((whole[:96] > 0).sum())
+    proved, loose = int((whole[:96] > 0).sum()), int((whole[:64] <= 0).sum())
+    late = 200 - proved - loose  # the third piece had less than a call takes
     assert told.name == "unproved"
     assert told.ok
     assert told.text == (
-        f"{200 - proved} of 200 images, those read wrongly among them, are not proved: {96 - proved} because no lower "
-        "bound of their lead is above 0 (slow, slow has 10 s an image), 104 because the 2.5 s for certifying were over"
+        f"{200 - proved} of 200 images, those read wrongly among them, are not proved: {loose} because no lower bound "
+        f"of their lead is above 0 (slow), {late} because the 2.5 s for certifying or slow's 10 s an image were over"
     )
+    assert [found.why.count(word) for word in ("loose", "time")] == [loose, late]
+    assert all((found.margins["slow"][i] > 0) == (word is None) for i, word in enumerate(found.why))
     assert none.unproved is not None
     left = 200 - int((whole[:32] > 0).sum())
     assert int(none.unproved.any(1).sum()) == left
-    assert f"{left} because the 1e-09 s for certifying were over" in none.findings[-1].text
+    assert f"{left} because the 1e-09 s for certifying or slow's 10 s an image were over" in none.findings[-1].text
 
 
 @pytest.mark.parametrize("arithmetic", ["float32", "real"])
@@ -214,8 +237,15 @@ def test_where_memory_is_short_fewer_images_are_bounded_at_once(arithmetic: Lite
         found = prove(net, x, y, 10, SMALL, {"c": scant}, lambda _: lambda done, _: asked.append(done))
         assert torch.allclose(found.leads["c"], plenty.leads["c"], atol=1e-4)
         assert asked == [12]
+        none = CrownIBP(arithmetic=arithmetic, memory=1e-12)
         with pytest.raises(TooLittleMemory, match="for one image"):
-            prove(net, x, y, 10, SMALL, {"c": CrownIBP(arithmetic=arithmetic, memory=1e-12)}, quiet)
+            prove(net, x, y, 10, SMALL, {"c": none}, quiet)
+        found = prove(net, x, y, 10, SMALL, {"ibp": IBP(), "c": none}, quiet)
+        assert torch.equal(found.margins["ibp"], IBP().margins(net, x, y, SMALL))
+    left = found.why.count("memory")
+    assert {*found.why} == {None, "memory"}
+    assert f"c leaves {left} images as they are: memory: 1e-12 GiB" in found.findings[0].text
+    assert f"{left} because a certifier's memory does not hold them" in found.findings[-1].text
 
 
 class Dear(Certifier):
@@ -279,6 +309,8 @@ def test_a_certifier_that_fails_on_a_network_proves_nothing_and_the_others_go_on
     assert found.findings[0].text == "failing proves nothing about this network: RuntimeError: no strides"
     assert bool((found.margins["failing"] == -torch.inf).all())
     assert torch.equal(found.margins["ibp"], IBP().margins(net, x, y, SMALL))
+    alone = prove(net, x, y, 3, SMALL, {"failing": Failing()}, quiet)
+    assert alone.why == ("uncovered", "uncovered")
     for error in (Contradiction(), MemoryError(), KeyboardInterrupt()):
         monkeypatch.setattr(Failing, "error", error)
         with pytest.raises(type(error)):

@@ -88,6 +88,10 @@ def test_the_gates_own_limit_is_waited_for() -> None:
     table = {"early": 0.99}
     assert validate.obeying(table, limits) == {"early": 0.99, "stop_at": 0.55}
     assert validate.obeying({}, limits) == {}
+    proofs = (Limit(metric=validate.CERTIFIED, at_least=0.5),)
+    assert validate.obeying({}, proofs) == {"certify": validate.CASCADE, "certify_seconds": 300.0}
+    assert validate.obeying({"certify": ["ibp"]}, proofs) == {"certify": ["ibp"]}
+    assert validate.obeying({"certify_seconds": 9}, proofs)["certify_seconds"] == 9
     assert validate.obeying(table, (Limit(metric="accuracy.clean.test", at_least=0.9),)) == table
     assert validate.obeying(table, (*limits, Limit(metric=validate.ROBUST, max_loss=0.1))) == table
     assert validate.obeying({"early": 0.9, "stop_at": 0.2}, limits)["stop_at"] == 0.2

@@ -99,7 +99,7 @@ def test_the_gap_is_counted_image_by_image(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "limits", "wanted"),
     [
-        ({}, (Limit(metric=CERTIFIED, at_least=0.1),), {"certify": ["quantised"]}),
+        ({}, (Limit(metric=CERTIFIED, at_least=0.1),), {"certify": export.CASCADE, "certify_seconds": 300.0}),
         ({"certify": ["ibp"]}, (Limit(metric=CERTIFIED, at_least=0.1),), {"certify": ["ibp"]}),
         ({}, (Limit(metric="size.model", at_most=1e6),), {}),
     ],
