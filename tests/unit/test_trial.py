@@ -152,7 +152,7 @@ def test_no_rows_no_work() -> None:
 def test_each_certifier_of_the_cascade_adds_its_own_and_a_dear_one_takes_a_piece_that_fits_the_clock() -> None:
     net, (x, y) = digits_model(recipe="at").net, images(24)
     asked = dict[str, list[int]]()
-    brief = {"alpha_crown": {"steps": 2, "box_steps": 1}, "branch_and_bound": {"limit": 2, "steps": 2, "box_steps": 0}}
+    brief = {"alpha_crown": {"steps": 2, "box_steps": 1}, "branch_and_bound": {"limit": 2}}
     chain = {name: certifier({"kind": name, **brief.get(name, {})}) for name in CASCADE}
 
     def counting(name: str) -> OnStep:
