@@ -111,11 +111,16 @@ def _covered(chain: Chain, op: Op) -> bool:
     return op.kind != "getitem" and (not counted or op.kind in _linear.COPIES)
 
 
+def _same(chain: Chain, op: Op) -> bool:
+    """Whether an entry of the result depends on the same entry of every operand: none is spread over a map."""
+    return op.kind in _SAME and all(chain.shape(name) == chain.shape(op.result) for name in chain.operands(op))
+
+
 def _before(chain: Chain, op: Op, operand: str, frame: Frame | None) -> Frame | None:
     shape = chain.shape(operand)
     if frame is None or len(shape) != 4:
         return None
-    if op.result in chain.fronts or (op.kind in _SAME and shape == chain.shape(op.result)):
+    if op.result in chain.fronts or _same(chain, op):
         return frame
     args = fill(op.args, chain.values)
     if op.kind != "convolution" or args[6] or not isinstance(args[0], Interval):
@@ -230,7 +235,7 @@ class Neurons:
         if frame is None:
             return dict(self._pull_whole(op, here))
         operands = self.chain.operands(op)
-        if op.kind in _SAME and all(self.chain.shape(o) == self.chain.shape(op.result) for o in operands):
+        if _same(self.chain, op):
             some = dict.fromkeys(operands, Interval(here[:1], here[:1]))
             parts = _linear.pull(op, {**self.chain.values, **some}, here.unsqueeze(1))
             return {n: self._fitted(n, part.squeeze(1), frame) for n, part in parts.items()}

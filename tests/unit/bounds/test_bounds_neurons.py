@@ -34,6 +34,18 @@ class Fork(nn.Module):
         return found
 
 
+class Gate(nn.Module):
+    """Maps with a number added to each of them, which is pooled from other maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(2, 4, 3), nn.Conv2d(2, 4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = F.relu(self.left(x)) + F.relu(self.right(x)).mean((2, 3), keepdim=True)
+        return found
+
+
 NETS: dict[str, list[nn.Module]] = {
     "plain": [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()],
     "linear between": [nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 2), nn.ReLU()],
@@ -43,6 +55,7 @@ NETS: dict[str, list[nn.Module]] = {
     "circular": [nn.Conv2d(2, 4, 3), nn.ReLU(), Fork(1, 1, 2, "circular"), nn.ReLU(), nn.Conv2d(4, 4, 1)],
     "pooled": [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 4, 2), nn.ReLU(), nn.MaxPool2d(2)],
     "wide stride": [nn.Conv2d(2, 4, 2, 3), nn.ReLU(), nn.Conv2d(4, 4, 1, 3), nn.ReLU(), nn.Conv2d(4, 4, 2)],
+    "gated": [Gate(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()],
     "smooth": [nn.Conv2d(2, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3, 2)],
 }
 
