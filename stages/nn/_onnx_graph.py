@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ LOGITS = "logits"
 _OLDEST = 7
 _JOINT = 13  # before it, softmax was over all axes from `axis` on
 _ASYMMETRIC = 10  # up to it, images were resized in one way
-_SMALL = 1 << 16
+_SMALL = 1 << 14  # numbers
 _DOMAINS = ("", "ai.onnx")
 _TYPES = {"float32", "float64", "int64", "int32", "int16", "uint16", "int8", "uint8", "bool"}
 _QUANTISED = {"QuantizeLinear", "DequantizeLinear"}
@@ -138,7 +139,7 @@ def unobjectionable(model: onnx.ModelProto, where: str) -> None:
     for node in model.graph.node:
         known = [constants.get(name) for name in node.input]
         try:
-            small = [None if tensor is None or tensor.ByteSize() > _SMALL else constant(tensor) for tensor in known]
+            small = [None if tensor is None or prod(tensor.dims) > _SMALL else constant(tensor) for tensor in known]
             reason = objection(node.op_type, attributes(node, opset(model)), small)
         except InputError as error:
             reason = str(error)

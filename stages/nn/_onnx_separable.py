@@ -48,6 +48,8 @@ def merge(model: ModelProto) -> None:
     float64 and rounded to float32 once.
     """
     graph = model.graph
+    if all(node.op_type != "Conv" or _attribute(node, "group", 1) == 1 for node in graph.node):
+        return  # inferring the shapes of a large graph takes seconds
     seen = _Graph(
         values={tensor.name: tensor for tensor in graph.initializer},
         made={name: node for node in graph.node for name in node.output},

@@ -38,6 +38,8 @@ def fold_constants(model: ModelProto) -> None:
         else:
             values |= found
     read = {name for node in kept for name in node.input} | outputs
+    if len(kept) == len(graph.node) and read.issuperset(values):
+        return  # copying large weights takes seconds
     del graph.node[:], graph.initializer[:]
     graph.node.extend(kept)
     graph.initializer.extend(tensor for name, tensor in values.items() if name in read)

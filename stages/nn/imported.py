@@ -117,7 +117,8 @@ class Twin(nn.Module):
         halves = [_batched(self._through(half), batch) for half in torch.split(x, batch)]
         kept = self._steps, dict(self._indices)
         try:
-            self._steps = tuple(self._freed(x, batch))
+            if any(step.operator == "Reshape" and step.inputs[1] in self._indices for step in self._steps):
+                self._steps = tuple(self._freed(x, batch))
             if _same(torch.cat(halves), self._through(x)):
                 return
         except (RuntimeError, IndexError):
@@ -131,6 +132,8 @@ class Twin(nn.Module):
 
         Where the outputs would not stay the same, everything is left as it was.
         """
+        if not any(self._computed(step) for step in self._steps):
+            return
         x = torch.rand(3, *shape, generator=generator(0, "settle"))
         kept = self._steps, dict(self._indices)
         try:
@@ -142,12 +145,16 @@ class Twin(nn.Module):
             pass  # an operator found a shape that does not fit
         self._steps, self._indices = kept
 
+    def _computed(self, step: _Step) -> bool:
+        """Is it a change to a shape that the graph computes?"""
+        return step.operator in ("Reshape", "Expand") and step.inputs[1] not in self._indices
+
     def _settled(self, x: Tensor) -> Iterator[_Step]:
         """The steps, every Reshape and Expand to a computed shape with that of one image as its target."""
         one, many = self._start(x[:1]), self._start(x)
         for number, step in enumerate(self._steps):
             found = step
-            if step.operator in ("Reshape", "Expand") and step.inputs[1] not in self._indices:
+            if self._computed(step):
                 few, more = one[step.inputs[0]].shape, many[step.inputs[0]].shape
                 target = one[step.inputs[1]].tolist()
                 _take(step, one)

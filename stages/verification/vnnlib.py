@@ -12,6 +12,7 @@ Source: Demarchi, Guidotti, Pulina, Tacchella, "Supporting standardization of ne
 and CoCoNet" (2023); the competition's files, which leave out most of SMT-LIB.
 """
 
+import gc
 import math
 import re
 from collections.abc import Sequence
@@ -78,6 +79,16 @@ class Spec:
 def parse(text: str, where: str = "the specification") -> Spec:
     """Raises `InputError` (with the line) for what is no VNN-LIB, unknown variables, non-linear constraints,
     constraints between inputs, unbounded inputs, and bounds outside of all disjunctions that are inverted."""
+    collects = gc.isenabled()
+    gc.disable()  # a large file is millions of objects, none of which goes before the end
+    try:
+        return _parse(text, where)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _parse(text: str, where: str) -> Spec:
     names, asserted = _Names(), list[tuple[int, Tree]]()
     for line, form in forms(text, where):
         try:
