@@ -21,6 +21,7 @@ _MOST = 1 << 12
 _LOOK = 0.15
 _TRIES = 4
 _KEPT = 32
+_WIDEST = 1 << 26  # numbers compared at once
 _TRIALS = 30
 _FINEST = 5.0  # decades below the width of the box
 
@@ -48,7 +49,7 @@ class Hunt:
     cases: Cases
     check: Check
     rng: Generator
-    particles: int = 64
+    particles: int = 0
     refused: int = 0
     _turn: int = 0
     _rest: int = 0
@@ -69,12 +70,14 @@ class Hunt:
         """A witness float32 [n], or None where this round found none; `open_cases` int64 names the cases to try."""
         if len(open_cases) == 0:
             return None
+        if self.particles == 0:
+            self.particles = self._affordable(open_cases, clock)
         begun = clock.spent()
         found = self._kind(open_cases, clock)
         spent = clock.spent() - begun
         if spent < _LOOK * max(clock.left(), 0) / 4 and spent < 1:
             self.particles = min(2 * self.particles, _MOST)
-        elif spent > 2 and self.particles > 8:
+        elif spent > 2 and self.particles > 1:
             self.particles //= 2
         return found
 
@@ -99,14 +102,25 @@ class Hunt:
         which = self._case_of[copies]
         return self._descend(self._best[copies], which, clock, self._sizes(len(copies)) * self._width(which))
 
+    @torch.no_grad()
+    def _affordable(self, open_cases: Tensor, clock: Clock) -> int:
+        """Particles for the first round, so that it takes about a quarter of the time; a step costs three passes."""
+        low, _ = self._box(open_cases[:1])
+        begun = clock.spent()
+        self.net(low)
+        once = max(clock.spent() - begun, 1e-9)
+        return max(1, min(64, int(max(clock.left(), 0.0) / (4 * once * (3 * _STEPS + 4)))))
+
+    @torch.no_grad()
     def _starts(self, open_cases: Tensor, count: int) -> tuple[Tensor, Tensor]:
         which = open_cases[torch.randint(len(open_cases), (4 * count,), generator=self.rng)]
         low, high = self._box(which)
         share = torch.rand(low.shape, generator=self.rng)
         x = self._within(low + share * (high - low), which)
-        with torch.no_grad():
-            far = self._far(self.net(x), which).amax(1)
-        near = far.nan_to_num(torch.inf).argsort()[: count // 2]
+        y = self.net(x)
+        which[::2] = self._nearest(y[::2], which[::2], open_cases)
+        far = self._far(y, which).amax(1)
+        near = far.nan_to_num(torch.inf).argsort()[: (count + 1) // 2]
         corners = torch.arange(len(which) - (count - len(near)), len(which))
         at = share[corners]
         # Half of them corners; in the other half every other coordinate is pushed to its end.
@@ -115,12 +129,21 @@ class Hunt:
         ends = torch.where(at == 1, high[corners], low[corners] + at * (high - low)[corners])
         return torch.cat([x[near], self._within(ends, which[corners])]), torch.cat([which[near], which[corners]])
 
+    def _nearest(self, y: Tensor, which: Tensor, open_cases: Tensor) -> Tensor:
+        """For each output the open case that is nearest to being met, where all are about one box; else as it was."""
+        bounds = self._bounds[open_cases]
+        region = self.cases.region[open_cases]
+        if bool((region != region[0]).any()) or len(y) * bounds.numel() > _WIDEST:
+            return which
+        far = ((y @ self._rows.T).unsqueeze(1) - bounds).amax(2)
+        return open_cases[far.nan_to_num(torch.inf).argmin(1)]
+
     @torch.enable_grad()
     def _descend(self, x: Tensor, which: Tensor, clock: Clock, width: Tensor, steps: int = _STEPS) -> Array | None:
         best, best_far, best_slope = x, torch.full((len(x),), torch.inf), torch.zeros_like(x)
         before, idle = x, torch.zeros(len(x), dtype=torch.int64)
         kind = torch.arange(len(x)).unsqueeze(1)
-        whole, smooth = kind % 2 == 0, kind // 2 % 2 == 0
+        whole, smooth = kind % 2 == 0, kind // 2 % 2 == 1
         mean, square = torch.zeros_like(x), torch.zeros_like(x)
         step = torch.where(smooth, _GENTLE, _FIRST)
         for t in range(1, steps + 1):
