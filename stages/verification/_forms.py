@@ -10,7 +10,7 @@ _DEEPEST = 200
 _DIGITS = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?"
 NUMBER = re.compile(_DIGITS)
 # Large files are made of (<= X_0 0.5) and the like, so those are tokens too.
-_TOKEN = re.compile(rf"\(\s*([<>]=?)\s+([XY]_\d+)\s+({_DIGITS})\s*\)|[()]|[^\s()]+")
+_TOKEN = re.compile(rf"\(\s*([<>]=?)\s+([XY]_\d+|\w+\[[\d,]+\])\s+({_DIGITS})\s*\)|[()]|[^\s()]+")
 
 Tree = Any  # a token, a list of trees, or a `Bound`
 

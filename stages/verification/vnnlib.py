@@ -145,7 +145,7 @@ class _Names:
                 raise InputError(f"expected (declare-input X real [1,5]) or declare-output, got {short(part)}")
             if kind in self.sizes:
                 raise InputError("expected one input and one output; networks with more are not checked here")
-            shape = tuple(int(size) for size in part[3].strip("[]").split(",") if size)
+            shape = tuple(int(size) for size in part[3].strip("[]").split(",") if size) or (1,)
             self.shapes[part[1]] = kind, shape
             self.sizes[kind] = math.prod(shape)
 

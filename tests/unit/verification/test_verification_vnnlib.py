@@ -124,6 +124,13 @@ def test_version_2_counts_row_by_row() -> None:
     assert [cube[0].weights for cube in spec.regions[0].unsafe] == [((1, Fraction(1)),), ((0, Fraction(-1)),)]
 
 
+def test_version_2_has_numbers_without_a_shape() -> None:
+    declared = "(declare-network f (declare-input X real [2]) (declare-output Y real []))"
+    box = "(assert (and (<= (* -1.0 X[0]) 0) (<= X[0] 1) (>= X[1] 0) (<= X[1] 1)))"
+    found = parse(f"{declared}{box}(assert (<= Y[0] -3.0))")
+    assert (found.outputs, float(found.regions[0].low[0]), len(found.regions[0].unsafe)) == (1, 0.0, 1)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
