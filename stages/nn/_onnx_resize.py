@@ -8,11 +8,10 @@ Place p of an axis that goes from n to m entries reads at x(p), for a scale s (m
     align_corners        p (n - 1) / (m - 1)
 
 `nearest` takes the entry that x is rounded to, `linear` the line between the two entries around x; beyond the ends
-stands the last entry. Source: ONNX operator Resize-19; Upsample and Resize-10 are asymmetric and round down. Computed
-in float32, as onnxruntime does, for places that lie just between two entries.
+stands the last entry. Source: ONNX operator Resize-19; Upsample and Resize-10 are asymmetric and round down, but up
+where the axis gets shorter, as onnxruntime has it. Computed in float32, as there, for places just between two entries.
 """
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -32,7 +31,7 @@ _ROUND: dict[str, Callable[[Places], Places]] = {
 _COORDINATES = {"asymmetric", "half_pixel", "pytorch_half_pixel", "align_corners"}
 # What a node says by saying nothing; older opsets knew nothing else than the second.
 NEWER = {"coordinate_transformation_mode": b"half_pixel", "nearest_mode": b"round_prefer_floor", "mode": b"nearest"}
-OLDER = {"coordinate_transformation_mode": b"asymmetric", "nearest_mode": b"floor", "mode": b"nearest"}
+OLDER = {"coordinate_transformation_mode": b"asymmetric", "nearest_mode": b"simple", "mode": b"nearest"}
 
 
 def upsample(a: Attributes, x: Tensor, scales: Tensor | None = None) -> Tensor:
@@ -43,8 +42,12 @@ def upsample(a: Attributes, x: Tensor, scales: Tensor | None = None) -> Tensor:
 def resize(
     a: Attributes, x: Tensor, roi: Tensor | None = None, scales: Tensor | None = None, sizes: Tensor | None = None
 ) -> Tensor:
-    """Axes whose scale is 1 and whose size stays are not touched, the batch among them."""
-    del roi
+    """Axes whose scale is 1 and whose size stays are not touched, the batch among them.
+
+    Opset 10 has the scales where newer ones have `roi`, which only a refused mode reads.
+    """
+    if scales is None and sizes is None:
+        scales = roi
     axes = [axis % x.dim() for axis in a.get("axes", range(x.dim()))]
     ratios = [None] * len(axes) if scales is None or scales.numel() == 0 else scales.tolist()
     targets = [None] * len(axes) if sizes is None else sizes.tolist()
@@ -52,9 +55,10 @@ def resize(
         if ratio == 1 or (axis == 0 and ratio is None):
             continue
         size = x.shape[axis]
-        wanted = math.floor(size * ratio) if target is None else int(target)
+        wanted = int(np.floor(np.float32(size) * np.float32(ratio))) if target is None else int(target)
         if wanted != size:
-            x = _along(a, x, axis, _read_at(a, size, wanted, ratio or wanted / size))
+            scale = ratio or wanted / size
+            x = _along(a, x, axis, _read_at(a, size, wanted, scale), "ceil" if scale < 1 else "floor")
     return x
 
 
@@ -80,10 +84,10 @@ def _read_at(a: Attributes, size: int, wanted: int, ratio: float) -> Places:
     return np.zeros_like(p) if where == "pytorch_half_pixel" and wanted == 1 else (p + half) / scale - half
 
 
-def _along(a: Attributes, x: Tensor, axis: int, places: Places) -> Tensor:
+def _along(a: Attributes, x: Tensor, axis: int, places: Places, simple: str) -> Tensor:
     last = x.shape[axis] - 1
     if a["mode"] == b"nearest":
-        index = _ROUND[a["nearest_mode"].decode()](places).clip(0, last)
+        index = _ROUND.get(a["nearest_mode"].decode(), _ROUND[simple])(places).clip(0, last)
         return x.index_select(axis, torch.from_numpy(index.astype(np.int64)).to(x.device))
     places = places.clip(0, last)
     lower = np.floor(places).astype(np.int64)
