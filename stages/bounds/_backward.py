@@ -64,6 +64,7 @@ class Chain:
         self.paid: set[str] = set()
         self.mosts: dict[str, Tensor] = {}
         self._counts: set[str] = set()
+        self._linear: dict[str, bool] = {}
         self.reads: dict[str, int] = {}
         for op in self.graph.ops:
             for name in op.reads():
@@ -95,7 +96,9 @@ class Chain:
             self.faint = self.faint + entries * self.graph.entries[name] * _slack.most(self, name)
 
     def is_linear(self, op: Op) -> bool:
-        return _ops.keeps_affine(op, fill(op.args, self.values))
+        if op.result not in self._linear:
+            self._linear[op.result] = _ops.keeps_affine(op, fill(op.args, self.values))
+        return self._linear[op.result]
 
     def operands(self, op: Op) -> list[str]:
         """The bounded values that an operation reads, each once."""

@@ -29,6 +29,7 @@ class Ends:
         self._middle = _layout.last(((low + high) / 2).to(kind), last)
         self._radius = torch.maximum(high - self._middle, self._middle - low)
         self._largest = torch.maximum(low.abs(), high.abs())
+        self._parts: dict[float, tuple[Tensor, Tensor]] = {}
         self.ball = box.ball
         if box.ball is not None:
             self._low, self._high = low.flatten(1), high.flatten(1)
@@ -67,8 +68,11 @@ class Ends:
 
     def parts(self, loss: float) -> tuple[Tensor, Tensor]:
         """m and r' of the box."""
+        if loss in self._parts:
+            return self._parts[loss]
         share = loss + 8 * self._own + 4 * gamma(self._middle[0].numel() + 32, DOUBLE)
-        return self._middle, outward(self._radius + share * self._largest, self._middle.dtype, torch.inf)
+        self._parts[loss] = self._middle, outward(self._radius + share * self._largest, self._middle.dtype, torch.inf)
+        return self._parts[loss]
 
     def _l1(self, flat: Tensor, centre: Tensor) -> Tensor:
         return (flat * self._l1_step(flat, centre)).sum(-1)

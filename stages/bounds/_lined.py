@@ -42,8 +42,7 @@ class Lined:
                 down = torch.where(fixed != up, lower, fixed)
                 change = (down - fixed) * self.shift
                 base, extra = base + change, extra - change
-            # One of the two products is zero everywhere, so nothing is lost to their sum.
-            part = slopes * down if down is up else ((slopes - negative) * down).addcmul_(negative, up)
+            part = slopes * down if down is up else torch.addcmul(slopes * down, negative, up - down)
             found[name] = _linear.sum_to(part, self.chain.values[name].low.shape)
         return found, self.chain.sums(self.result, (slopes, base), (negative, extra))
 

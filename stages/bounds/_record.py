@@ -7,7 +7,7 @@ same and more, and takes far longer, most of it to load a compiler.
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,12 +67,15 @@ class Op:
     module: str
     counts: bool = False
     masked: bool = False
+    _reads: list[tuple[str, ...]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def reads(self) -> tuple[str, ...]:
         """The names of the values that go in."""
-        found: list[str] = []
-        substitute((self.args, dict(self.kwargs)), lambda ref: found.append(ref.name))
-        return tuple(found)
+        if not self._reads:  # asked for in every pass
+            found: list[str] = []
+            substitute((self.args, dict(self.kwargs)), lambda ref: found.append(ref.name))
+            self._reads.append(tuple(found))
+        return self._reads[0]
 
 
 def substitute(tree: Any, swap: Callable[[Ref], Any]) -> Any:
@@ -88,7 +91,13 @@ def substitute(tree: Any, swap: Callable[[Ref], Any]) -> Any:
 
 def fill(tree: Any, values: Mapping[str, Any]) -> Any:
     """`tree` with every `Ref` replaced by its value."""
-    return substitute(tree, lambda ref: values[ref.name])
+    if isinstance(tree, Ref):
+        return values[tree.name]
+    if isinstance(tree, list | tuple):
+        return type(tree)([fill(branch, values) for branch in tree])
+    if isinstance(tree, dict):
+        return {key: fill(branch, values) for key, branch in tree.items()}
+    return tree
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -47,7 +47,7 @@ def relu(op: Op, x: Interval, kind: torch.dtype) -> Lines:
     low, high = x.low.to(kind), x.high.to(kind)
     above, depth = high.clamp(min=0), (-low).clamp(min=TINY)
     up = above / (above + depth)
-    down = (up > 0.5).to(kind)  # 1 or 0, as `up` is where the sign is known
+    down = up.detach().round()  # 1 or 0, as `up` is where the sign is known; comparisons take longer
     # ReLU is convex, so above the ends means above everywhere between.
     lift = torch.maximum(up * depth, torch.addcmul(above, up, above, value=-1))
     return Lines(
