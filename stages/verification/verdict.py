@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stages.bounds.base import Contradiction
 from stages.bounds.crown import Crown
 from stages.bounds.crown_forward import CrownForward
 from stages.bounds.crown_ibp import CrownIBP
@@ -108,6 +109,14 @@ class Trial:
                 return None
             free = int((self.cases.high > self.cases.low).any(0).sum())
             return self._split() if free <= _FEW else self._branch()
+        except Contradiction as error:
+            self.still = torch.arange(len(self.cases.bounds))  # what wrong bounds refuted is refuted no more
+            self.why = (
+                f"A BOUND IS WRONG, so nothing counts as proved: {error}. This is a fault of Temper, not of these files: "
+                "please report it, with both of them and what is printed here"
+            )
+            self.say(self.why)
+            return None
         except Exception as error:  # whatever keeps bounds from being formed, the search can go on
             self.why = str(error) if isinstance(error, InputError) else f"bounds: {type(error).__name__}: {error}"
             self.say(self.why)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import onnxruntime
@@ -14,6 +15,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from pipeline.cli import main
+from stages.bounds.base import Contradiction
+from stages.verification import prove
 from tests.specs import any_of, layers, mlp, saved, spec
 
 NET = layers([3, 4, 2], 1)
@@ -78,6 +81,21 @@ def test_a_contradiction_is_safe_and_its_cause_is_told(
     said = capsys.readouterr()
     assert said.out == "unsat\n"
     assert "the constraints contradict each other" in said.err
+
+
+def test_a_bound_that_a_point_refutes_is_told_loudly_and_proves_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(*_: object) -> NoReturn:
+        raise Contradiction("a row is proved and refuted")
+
+    monkeypatch.setattr(prove, "on_regions", wrong)
+    assert main(["verify-spec", str(model), str(written(tmp_path, UNSAT)), "--timeout", "1.5"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "unknown\n"
+    assert "A BOUND IS WRONG, so nothing counts as proved: a row is proved and refuted" in said.err
+    assert "please report it" in said.err
+    assert "0 of 2 cases are refuted" in said.err
 
 
 def test_time_that_does_not_suffice_is_kept(model: Path, tmp_path: Path) -> None:
