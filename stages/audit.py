@@ -63,7 +63,16 @@ def run(args: argparse.Namespace) -> int:
     subject = opened(args.model, shown.x, form, threads)
     chosen = asked if subject.twin is not None else _blind(asked)
     demand, clock = _demand(args, len(shown.x)), args.certify_seconds
-    plan = Plan(threat, named(chosen, threat), certifiers, args.shortcuts, args.seed, demand, clock)
+    plan = Plan(
+        threat,
+        named(chosen, threat),
+        certifiers,
+        args.shortcuts,
+        args.seed,
+        demand,
+        clock,
+        args.certify_memory is not None,
+    )
     strength = evidence.strength(chosen)
     notes = (*subject.notes, *shown.notes, *_notes(subject, threat, shown, asked, chosen))
     if smoothing is not None:

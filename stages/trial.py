@@ -61,6 +61,7 @@ def prove(
     certifiers: Mapping[str, Certifier],
     on_step: Callable[[str], OnStep],
     seconds: float | None = None,
+    capped: bool = False,
 ) -> Proved:
     """Bound every lead of every example [N, C, H, W]; `on_step(name)(done, total)` counts images.
 
@@ -75,7 +76,8 @@ def prove(
     leaves them to the others. `why` and the finding "unproved" say why what is open is open.
 
     Raises `InputError` for a method that proves nothing, by whatever way it came here, and where no certifier's memory
-    holds a single image; `Contradiction` where bounds and a point contradict each other.
+    holds a single image, or one's does not and it was asked for (`capped`); `Contradiction` where bounds and a point
+    contradict each other.
     """
     certifiers = {name: certifier(method) for name, method in certifiers.items()}
     leads, findings, scant = {}, [], list[TooLittleMemory]()
@@ -120,7 +122,7 @@ def prove(
         if claimed := int((found[refuted] > 0).all(1).sum()):
             text = f"{claimed} images that {name} proved are read wrongly, as they are or after a few gradient steps"
             findings.append(Finding(f"refuted_{name}", False, f"{text}; must be none"))
-    if len(scant) == len(certifiers) > 0:
+    if scant and (capped or len(scant) == len(certifiers)):
         raise scant[0]
     rank[refuted] = REASONS.index("broken")
     left = torch.cat([left[~torch.isin(left, refuted)], refuted])

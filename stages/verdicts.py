@@ -39,7 +39,8 @@ Ready = Callable[[Attack], Attack]
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What is asked of every image. With `shortcuts` images proved robust are not attacked, and classes proved
-    unreachable are not targeted. With `demand` attacking ends as soon as it is certain whether it is met."""
+    unreachable are not targeted. With `demand` attacking ends as soon as it is certain whether it is met. A memory
+    that was asked for has to hold an image."""
 
     threat: Threat
     attacks: Mapping[str, Attack]
@@ -48,6 +49,7 @@ class Plan:
     seed: int
     demand: Demand | None = None
     certify_seconds: float | None = None
+    memory_asked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +190,7 @@ def _proved(subject: Subject, scene: Scene, plan: Plan, on_step: Callable[[str],
     if twin is not None:
         labelled = lambda name: on_step(f"certify {name}")  # noqa: E731
         given = (twin, scene.x, scene.y, subject.classes, scene.threat, able, labelled)
-        found = prove(*given, plan.certify_seconds)
+        found = prove(*given, plan.certify_seconds, plan.memory_asked)
     leads = torch.full((len(scene.x), subject.classes), float("-inf"))
     nothing = leads.scatter(1, scene.y.unsqueeze(1), float("inf"))
     slack = 0.0 if rounds else 2 * subject.gap

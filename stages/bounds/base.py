@@ -109,9 +109,17 @@ AnyCertifier = Annotated[
 
 
 def lead_rows(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """[B, K-1, K] rows e_y - e_k for every k != y; K is read off one forward pass."""
+    """[B, K-1, K] rows e_y - e_k for every k != y; K is read off one forward pass.
+
+    Raises `InputError` for images that are no floats, and for labels that are not one class for each image.
+    """
+    if not x.is_floating_point() or y.shape != x.shape[:1] or y.dtype not in (torch.int64, torch.int32):
+        got = f"{tuple(x.shape)} of {x.dtype} and {tuple(y.shape)} of {y.dtype}"
+        raise InputError(f"certifier: expected images [B, ...] of floats and labels [B] of whole numbers, got {got}")
     with torch.no_grad():
         classes = net(x[:1]).shape[1]
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise InputError(f"certifier: expected labels from 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
     eye = torch.eye(classes, device=x.device, dtype=x.dtype)
     leads = eye[y].unsqueeze(1) - eye.unsqueeze(0)
     others = torch.arange(classes, device=x.device).unsqueeze(0) != y.unsqueeze(1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stages.bounds import _layout, _linear, _ops
 from stages.bounds._interval import DOUBLE, SINGLE, TINY, UNITS, Interval, Rounding, gamma, low_ends, outward
 from stages.bounds._trace import FLOATS, Op, Trace, fill, substitute, trace
-from stages.bounds.base import Box, Certifier
+from stages.bounds.base import Ball, Box, Certifier
 from stages.method import InputError
 
 _CACHE = 2**22  # bytes
@@ -80,8 +80,8 @@ class IBP(Certifier):
 
 
 def check(box: Box, rows: Tensor) -> None:
-    """Raises `InputError` for an empty, inverted or infinite box, one of whole numbers or half precision, or rows
-    that do not fit it."""
+    """Raises `InputError` for an empty, inverted or infinite box, one of whole numbers or half precision, a ball or
+    rows that do not fit it."""
     if box.low.shape != box.high.shape or box.low.dim() < 2 or len(box.low) == 0:
         raise InputError(
             f"box: expected two equal shapes [B, ...], got {tuple(box.low.shape)}, {tuple(box.high.shape)}"
@@ -91,8 +91,20 @@ def check(box: Box, rows: Tensor) -> None:
         raise InputError(f"box: expected float32 or float64, got {kinds}; pixels of bytes are divided by 255 first")
     if not bool((torch.isfinite(box.low) & torch.isfinite(box.high) & (box.low <= box.high)).all()):
         raise InputError("box: expected finite bounds with low <= high for every pixel")
+    if box.ball is not None:
+        _check_ball(box.ball, box.low)
     if rows.dim() != 3 or len(rows) != len(box.low):
         raise InputError(f"rows: expected [B, R, K] with B = {len(box.low)}, got {tuple(rows.shape)}")
+    if rows.dtype not in FLOATS or not bool(torch.isfinite(rows).all()):
+        raise InputError(f"rows: expected finite numbers of float32 or float64, got {rows.dtype}")
+
+
+def _check_ball(ball: Ball, low: Tensor) -> None:
+    if ball.centre.shape != low.shape or ball.centre.dtype not in FLOATS or not bool(ball.centre.isfinite().all()):
+        found = f"{tuple(ball.centre.shape)} of {ball.centre.dtype}"
+        raise InputError(f"ball: expected centres {tuple(low.shape)}, finite, of float32 or float64, got {found}")
+    if ball.norm not in ("l2", "l1") or not 0 <= ball.eps < torch.inf:
+        raise InputError(f"ball: expected l2 or l1 and a finite eps of at least 0, got {ball.norm} and {ball.eps:g}")
 
 
 def propagate(

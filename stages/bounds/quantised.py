@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from stages.bounds._trace import trace
 from stages.bounds.base import AnyCertifier, Box, Certifier
 from stages.bounds.crown_ibp import CrownIBP
+from stages.bounds.ibp import check
 from stages.method import InputError
 
 
@@ -40,6 +41,7 @@ class Quantised(Certifier):
             raise InputError(
                 'quantised: expected an inner certifier with arithmetic = "float32"; codes flip by rounding'
             )
+        check(box, rows)
         for op in trace(net, box.low).ops:
             if op.kind == "_to_copy" and op.kwargs.get("dtype") in (torch.float16, torch.bfloat16):
                 raise InputError("quantised: the graph holds half precision, which has no rule; certify the int8 file")

@@ -112,7 +112,7 @@ class Trial:
         except Contradiction as error:
             self.still = torch.arange(len(self.cases.bounds))  # what wrong bounds refuted is refuted no more
             self.why = (
-                f"A BOUND IS WRONG, so nothing counts as proved: {error}. This is a fault of Temper, not of these files: "
+                f"A BOUND IS WRONG, so nothing counts as proved: {error}. It is a fault of Temper, not of your files: "
                 "please report it, with both of them and what is printed here"
             )
             self.say(self.why)

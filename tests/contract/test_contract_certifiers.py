@@ -1,5 +1,6 @@
 """What every certifier promises; a new file in the folder is held to it unasked. What is none proves nowhere."""
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -8,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from stages import export, validate
-from stages.bounds.base import FOLDER, Bounds, Box, Certifier, Estimator, lead_rows
+from stages.bounds.base import FOLDER, Ball, Bounds, Box, Certifier, Estimator, lead_rows
 from stages.bounds.quantised import Quantised
 from stages.bounds.smoothing import Smoothing
 from stages.method import InputError, load, names, type_of
@@ -44,6 +45,48 @@ def batch() -> tuple[nn.Module, Tensor, Tensor]:
 def test_there_are_certifiers_and_others() -> None:
     assert {"ibp", "quantised", "branch_and_bound"} <= set(KINDS)
     assert OTHERS == ["etb", "smoothing"]
+
+
+NAN, INF = float("nan"), float("inf")
+BAD_BOXES: list[tuple[Callable[[Tensor], Box], str]] = [
+    (lambda x: Box(x * NAN, x), "finite bounds with low <= high"),
+    (lambda x: Box(x - INF, x), "finite bounds with low <= high"),
+    (lambda x: Box(x + 0.1, x), "finite bounds with low <= high"),
+    (lambda x: Box((255 * x).byte(), (255 * x).byte()), "expected float32 or float64, got torch.uint8"),
+    (lambda x: Box(x.half(), x.half()), "expected float32 or float64, got torch.float16"),
+    (lambda x: Box(x[:1], x), "expected two equal shapes"),
+    (lambda x: Box(x[..., :4], x), "expected two equal shapes"),
+    (lambda x: Box(x[:0], x[:0]), "expected two equal shapes"),
+    (lambda x: Box(x, x, Ball(x[:1], "l2", 0.1)), "ball: expected centres"),
+    (lambda x: Box(x, x, Ball(x.long(), "l1", 0.1)), "ball: expected centres"),
+    (lambda x: Box(x, x, Ball(x * NAN, "l1", 0.1)), "ball: expected centres"),
+    (lambda x: Box(x, x, Ball(x, "l2", -1.0)), "a finite eps of at least 0, got l2 and -1"),
+    (lambda x: Box(x, x, Ball(x, "l2", NAN)), "a finite eps of at least 0, got l2 and nan"),
+    (lambda x: Box(x, x, Ball(x, "linf", 0.1)), "expected l2 or l1"),  # type: ignore[arg-type]
+]
+BAD_ROWS: list[tuple[Callable[[Tensor], Tensor], str]] = [
+    (lambda rows: rows[:1], "rows: expected"),
+    (lambda rows: rows[0], "rows: expected"),
+    (lambda rows: torch.cat([rows, rows], 2), "rows: expected"),
+    (lambda rows: rows.long(), "rows: expected finite numbers"),
+    (lambda rows: rows * NAN, "rows: expected finite numbers"),
+    (lambda rows: rows / 0, "rows: expected finite numbers"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_cannot_be_a_question_is_refused(kind: str) -> None:
+    method, (net, x, y) = certifier(kind), batch()
+    rows = lead_rows(net, x, y)
+    for box, message in BAD_BOXES:
+        with pytest.raises(InputError, match=message):
+            method.lower(net, box(x), rows)
+    for change, message in BAD_ROWS:
+        with pytest.raises(InputError, match=message):
+            method.lower(net, Box(x, x), change(rows))
+    for images, labels in ((x, y[:1]), (x, y + 1), (x, y - 1), (x, y.float()), ((255 * x).byte(), y)):
+        with pytest.raises(InputError, match="certifier: expected"):
+            method.margins(net, images, labels, THREATS[0])
 
 
 @pytest.mark.parametrize("kind", OTHERS)

@@ -80,8 +80,9 @@ def test_an_operation_without_a_rule_is_named_with_its_node_and_the_rest_goes_on
     assert {*told["unproved"]} <= {"uncovered", "broken"}
 
 
-def test_memory_too_small_for_one_image_is_bad_input(audit: Audit, tmp_path: Path) -> None:
-    given = ("--limit", 3, "--attack", "fgsm", "--certify", "crown", "--certify-memory", "1e-9", "--json", "o.json")
+@pytest.mark.parametrize("names", ["crown", "ibp,crown"])
+def test_memory_too_small_for_one_image_is_bad_input(audit: Audit, tmp_path: Path, names: str) -> None:
+    given = ("--limit", 3, "--attack", "fgsm", "--certify", names, "--certify-memory", "1e-9", "--json", "o.json")
     status, _, problem = audit(file(tmp_path / "m.onnx"), *DIGITS, *given)
     assert status == 2
     assert "memory: 1e-09 GiB hold no row of coefficients for one image, which takes" in problem
