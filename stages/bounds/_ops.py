@@ -28,18 +28,8 @@ _MOVES = frozenset(
     | {"clone", "alias", "detach", "_to_copy", "where", "copy", "slice_scatter", "select_scatter"}
 )
 _MONOTONE = frozenset(
-    {
-        "relu",
-        "hardtanh",
-        "clamp",
-        "clamp_min",
-        "clamp_max",
-        "max_pool2d_with_indices",
-        "adaptive_max_pool2d",
-        "maximum",
-        "minimum",
-    }
-    | {"amax", "amin", "sign"}
+    {"relu", "hardtanh", "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "amax", "amin", "sign"}
+    | {"max_pool2d_with_indices", "adaptive_max_pool2d"}
 )
 _SMOOTH = frozenset({"sigmoid", "tanh", "exp", "erf", "hardsigmoid", "elu", "leaky_relu"})
 _ALLOWED_COPIES = (None, torch.float32, torch.float64)
