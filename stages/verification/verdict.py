@@ -26,6 +26,7 @@ from stages.verification.vnnlib import parse
 Word = Literal["sat", "unsat", "unknown"]
 Say = Callable[[str], None]
 _ALIKE = 1e-4
+_LONGER = 0.1  # of the time goes to a search where cheap bounds have left something open
 _FEW = 24  # free inputs that are worth splitting
 
 
@@ -107,6 +108,9 @@ class Trial:
                     self.say(f"{certifier.kind}: {len(self.still)} of {len(self.cases.bounds)} cases are open")
             if len(self.still) == 0:
                 return None
+            witness = self._hunt(rounds=None, part=_LONGER)
+            if witness is not None:
+                return witness
             free = int((self.cases.high > self.cases.low).any(0).sum())
             return self._split() if free <= _FEW else self._branch()
         except Contradiction as error:
