@@ -111,8 +111,7 @@ class Trial:
             witness = self._hunt(rounds=None, part=_LONGER)
             if witness is not None:
                 return witness
-            free = int((self.cases.high > self.cases.low).any(0).sum())
-            return self._split() if free <= _FEW else self._branch()
+            return self._split() if self._free() <= _FEW else self._branch()
         except Contradiction as error:
             self.still = torch.arange(len(self.cases.bounds))  # what wrong bounds refuted is refuted no more
             self.why = (
@@ -125,6 +124,12 @@ class Trial:
             self.why = str(error) if isinstance(error, InputError) else f"bounds: {type(error).__name__}: {error}"
             self.say(self.why)
             return None
+
+    def _free(self) -> int:
+        """How many inputs an open box lets move, by more than the step of float32 that a decimal may be rounded by."""
+        regions = torch.unique(self.cases.region[self.still])
+        low, high = self.cases.low[regions], self.cases.high[regions]
+        return int((torch.nextafter(low, high) < high).sum(1).max())
 
     def _split(self) -> Array | None:
         quick = CrownForward(double=False)
