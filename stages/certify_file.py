@@ -18,6 +18,7 @@ from stages.measure import accuracy
 from stages.nn.imported import Twin
 from stages.scene import shares
 from stages.shipped import Shipped
+from stages.striking import kinds
 from stages.threat import Threat
 from stages.trial import prove
 from stages.unproved import counts, settled
@@ -66,11 +67,12 @@ def certify_file(
     answers = outputs(shipped, x)
     right = answers.argmax(1) == y
     gap = 0.0 if twin.rounds else float((answers - outputs(twin, x)).abs().max())
-    able = {certifier.kind: certifier for certifier in certifiers if certifier.covers_rounding or not twin.rounds}
+    asked = dict(zip(kinds(certifiers), certifiers, strict=True))
+    able = {name: certifier for name, certifier in asked.items() if certifier.covers_rounding or not twin.rounds}
     notes = [
-        f'{certifier.kind} proves nothing about a file that rounds; "quantised" covers rounding'
-        for certifier in certifiers
-        if certifier.kind not in able
+        f'{name} proves nothing about a file that rounds; "quantised" covers rounding'
+        for name in asked
+        if name not in able
     ]
     if able and normalises(network) and loses_variance():
         able = {}

@@ -102,12 +102,8 @@ class Graph(nn.Module):
                 found = step[2](values[first], values[step[1]])
             except (RuntimeError, IndexError, ValueError):
                 continue
-            if (
-                len(found) == 2
-                and found.dim() <= 4
-                and 0 < found[0].numel() <= MOST
-                and bool(found.abs().max() < LARGEST)
-            ):
+            fits = 2 <= found.dim() <= 4 and len(found) == 2 and 0 < found[0].numel() <= MOST
+            if fits and bool(found.abs().max() < LARGEST):
                 self.steps.append(step)
                 values.append(found)
         self.head = self.filled(nn.Linear(values[-1][0].numel(), K))

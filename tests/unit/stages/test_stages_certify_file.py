@@ -69,6 +69,16 @@ def test_an_int8_file_is_proved_in_part_and_no_attack_breaks_that_part(folder: P
     assert sum(found.outcomes[CERTIFIED].hits()) == found.contract["proved"]
 
 
+def test_certifiers_of_one_kind_all_have_their_turn_and_what_is_left_says_why(folder: Path) -> None:
+    one, both = (certified(folder / "cpu.onnx", (*more, Quantised())) for more in ((), (Quantised(inner=IBP()),)))
+    assert list(both.contract["certifiers"]) == ["quantised", "quantised_2"]
+    assert both.contract["proved"] == one.contract["proved"]
+    assert sum(both.contract["unproved"].values()) == 40 - both.contract["proved"]
+    assert {*both.contract["unproved"]} <= {"broken", "loose"}
+    (bar,) = both.shares
+    assert bar["why"] == {"loose": bar["open"]}
+
+
 def test_a_float_file_is_proved_up_to_what_onnxruntime_was_seen_to_differ(folder: Path) -> None:
     found = certified(folder / "plain.onnx", (Quantised(),))
     assert found.findings == ()
