@@ -15,10 +15,10 @@ from stages.data.base import Split
 from stages.evaluate import OnStep, outputs
 from stages.layer_norm_kernel import loses_variance, normalises
 from stages.measure import accuracy
+from stages.method import kinds
 from stages.nn.imported import Twin
 from stages.scene import shares
 from stages.shipped import Shipped
-from stages.striking import kinds
 from stages.threat import Threat
 from stages.trial import prove
 from stages.unproved import counts, settled

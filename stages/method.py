@@ -9,7 +9,7 @@ import difflib
 import importlib
 import inspect
 from abc import ABC
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -57,6 +57,15 @@ def names(folder: str) -> tuple[str, ...]:
     """The methods on offer in a folder such as `"stages.attacks"`, sorted; imports none of them."""
     found = {path.stem for path in _path(folder).glob("*.py") if path.stem != "base" and path.stem[0] != "_"}
     return tuple(sorted(found | {point.name for point in entry_points(group=folder)}))
+
+
+def kinds(methods: Sequence[Method]) -> tuple[str, ...]:
+    """The kind of each; from the second of one kind on with its number: pgd, pgd_2."""
+    found: list[str] = []
+    for number, method in enumerate(methods):
+        count = sum(other.kind == method.kind for other in methods[:number])
+        found.append(method.kind if count == 0 else f"{method.kind}_{count + 1}")
+    return tuple(found)
 
 
 def module_of(folder: str, kind: str) -> str:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from stages import evidence
 from stages.attacks.base import Attack
-from stages.bounds.base import Certifier
 from stages.data.base import Split
 from stages.early import Demand, early
 from stages.evaluate import OnStep
 from stages.members import named
+from stages.method import kinds
 from stages.nn import _atomic
 from stages.oracle import Spent
 from stages.scene import Scene, Struck
@@ -117,15 +117,6 @@ class Striker:
             hit.survived.logical_and_(scene.right)
         x_adv, by = evidence.worst(scene.x, {name: hit.x_adv for name, hit in hits.items()}, scene.net, scene.y)
         return Struck(table, hits, x_adv, by)
-
-
-def kinds(methods: Sequence[Attack] | Sequence[Certifier]) -> tuple[str, ...]:
-    """The kind of each; from the second of one kind on with its number: pgd, pgd_2."""
-    found: list[str] = []
-    for number, method in enumerate(methods):
-        count = sum(other.kind == method.kind for other in methods[:number])
-        found.append(method.kind if count == 0 else f"{method.kind}_{count + 1}")
-    return tuple(found)
 
 
 def _bytes(hit: Hit) -> bytes:

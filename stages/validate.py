@@ -22,12 +22,12 @@ from stages.early import Early
 from stages.evaluate import OnStep, frozen
 from stages.finding import Finding, Point
 from stages.measure import accuracy
-from stages.method import InputError, Value
+from stages.method import InputError, Value, kinds
 from stages.nn import checkpoint
 from stages.nn.fold import dense, fold
 from stages.scene import Scene, Struck, write
 from stages.seeding import derive, generator
-from stages.striking import Striker, kinds
+from stages.striking import Striker
 from stages.task import Task
 from stages.trial import Proved, prove
 
