@@ -9,10 +9,11 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -82,6 +83,7 @@ def _unmasked(value: Any) -> Any:
 
 
 _kept: WeakKeyDictionary[nn.Module, tuple[object, Trace, dict[str, Tensor]]] = WeakKeyDictionary()
+_CODE = type, ModuleType, FunctionType, MethodType
 _REGISTERED = {"_parameters", "_buffers", "_modules"}
 
 
@@ -126,7 +128,7 @@ def _fingerprint(net: nn.Module, image: Tensor) -> object:
     known = {id(module) for module in paths.values()}
     modules = [
         (
-            (path, type(module), _seen(type(module).forward, known)),
+            (path, type(module), _shared(type(module), known)),
             [(name, _seen(value, known)) for name, value in vars(module).items() if name not in _REGISTERED],
         )
         for path, module in paths.items()
@@ -137,16 +139,26 @@ def _fingerprint(net: nn.Module, image: Tensor) -> object:
     return modules, shapes, image.shape[1:], image.dtype, image.device
 
 
+def _shared(kind: type, known: set[int]) -> object:
+    """What a class says for all its modules: methods and attributes, its bases' too."""
+    classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    parts = [(name, value) for one in classes for name, value in vars(one).items() if not name.startswith("__")]
+    return [(name, _seen(value, known)) for name, value in parts]
+
+
 def _seen(value: Any, known: set[int]) -> object:
     """An attribute as it is now, equal to what it was where nothing was replaced or written into."""
     if isinstance(value, Tensor):
         return _This(ref(value)), -1 if value.is_inference() else value._version
     if isinstance(value, dict) and not value:  # as most places for hooks are
         return None
-    if isinstance(value, list | tuple | dict | nn.Module):
+    if isinstance(value, np.ndarray):  # printed, it would be cut short
+        return value.shape, value.dtype, value.tobytes()
+    whole = not isinstance(value, _CODE) and hasattr(value, "__dict__")
+    if isinstance(value, list | tuple | dict) or whole:
         if id(value) in known:
             return "seen"
-        inner = vars(value) if isinstance(value, nn.Module) else value
+        inner = {**vars(value), "": type(value)} if whole else value
         inside = {*known, id(value)}
         if isinstance(inner, dict):
             return [(repr(key), _seen(part, inside)) for key, part in inner.items()]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -129,9 +130,18 @@ def test_how_a_network_lies_in_memory_changes_nothing() -> None:
         torch.testing.assert_close(replayed(net, x), net(x))
 
 
+class Settings:
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+
 class Scaled(nn.Module):
+    sign = 1.0
+
     def __init__(self) -> None:
         super().__init__()
+        self.settings = Settings()
+        self.table = np.ones(2000)
         self.net = nn.Linear(3, 2)
         self.factor = torch.tensor(1.0)
         self.factors = [1.0]
@@ -139,7 +149,7 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.net(x.relu()) * self.factor * self.factors[0] + self.parts["shift"]
-        return y
+        return y * self.settings.factor * self.sign * float(self.table[1000])
 
 
 def hooked(net: Scaled) -> None:
@@ -158,6 +168,9 @@ def reformed(net: Scaled) -> None:
         lambda net: setattr(net, "factors", [-5.0]),
         lambda net: net.factors.__setitem__(0, -5.0),
         lambda net: net.parts.update(shift=torch.ones(2)),
+        lambda net: setattr(net.settings, "factor", -5.0),
+        lambda net: net.table.__setitem__(1000, -5.0),
+        lambda net: setattr(type(net), "sign", -type(net).sign),
         hooked,
         reformed,
     ],
