@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from stages.bounds._interval import DOUBLE, TINY, gamma, outward
+from stages.bounds._interval import DOUBLE, gamma, outward
 from stages.bounds.base import Box, Certifier
 from stages.bounds.crown_forward import CrownForward, Planes
 from stages.verification.cases import Array, Cases
@@ -157,7 +157,8 @@ class Splitting:
                 for old, new in zip((found.lower, found.offset), (better.lower, better.offset), strict=True):
                     old[close] = new
                 found.slopes[close] = 0.0
-                found.slopes[close.unsqueeze(1), :, better.free] = better.slopes.transpose(1, 2)
+                columns = torch.searchsorted(found.free, better.free)  # fewer where some inputs are fixed in these
+                found.slopes[close.unsqueeze(1), :, columns] = better.slopes.transpose(1, 2)
         return found
 
     def _look(self, some: Boxes, met: Tensor, gap: Tensor, clock: Clock) -> Array | None:
@@ -189,12 +190,12 @@ def clipped(some: Boxes, found: Planes, bounds: Tensor) -> Boxes:
     low, high = some.low[:, free].double(), some.high[:, free].double()
     ends = torch.stack([found.slopes * low.unsqueeze(1), found.slopes * high.unsqueeze(1)])
     least, size = ends.amin(0).sum(2) + found.offset, ends.abs().amax(0).sum(2) + found.offset.abs()
-    steep = found.slopes.abs().clamp(min=TINY)
+    steep = torch.where(found.slopes == 0, 1.0, found.slopes.abs())
     left = (torch.full_like(low, torch.inf), torch.full_like(high, -torch.inf))
     still, near = [], torch.zeros_like(low)
     for mine, open_ in zip(bounds.unbind(1), some.still.unbind(1), strict=True):
         room = mine - least + 4 * gamma(len(free) + 16, DOUBLE) * (size + mine.abs())
-        step = room.unsqueeze(2) / steep
+        step = (room.unsqueeze(2) / steep).nan_to_num(torch.inf, torch.inf)  # a plane that is no number says nothing
         step = step + 4 * DOUBLE * (step.abs() + low.abs().unsqueeze(1) + high.abs().unsqueeze(1))
         below = torch.where(found.slopes < 0, high.unsqueeze(1) - step, -torch.inf).amax(1)
         above = torch.where(found.slopes > 0, low.unsqueeze(1) + step, torch.inf).amin(1)

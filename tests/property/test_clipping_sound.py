@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from stages.bounds.base import Box
-from stages.bounds.crown_forward import CrownForward
+from stages.bounds.crown_forward import CrownForward, Planes
 from stages.seeding import generator
-from stages.verification.prove import Boxes, clipped
+from stages.verification.cases import Cases
+from stages.verification.prove import Boxes, Splitting, clipped
+from stages.verification.vnnlib import Spec
 
 _INPUTS, _OUTPUTS, _BOXES, _POINTS = 3, 3, 6, 300
 _CASES = 2
@@ -88,3 +90,42 @@ def test_a_plane_stays_below_and_reaches_the_bound(seed: int) -> None:
         x = torch.cat([low + share * (high - low), ends.float().transpose(0, 1)])
         plane = torch.einsum("pbn,brn->pbr", x.double(), found.slopes) + found.offset
         assert (plane <= net(x).double()).all()
+
+
+def test_what_exact_bounds_say_of_an_input_is_said_of_that_input() -> None:
+    """Inputs that are fixed everywhere have no column, and the boxes that are close have more of those."""
+    net, rows = networks(0), torch.eye(_OUTPUTS, dtype=torch.float64)
+    low = torch.tensor([[0.5, 0.1, 0.2], [0.5, -0.3, 0.4]])
+    high = low + torch.tensor([[0.0, 0.0, 0.1], [0.0, 0.1, 0.1]])
+    splitting = Splitting(net, cases(rows), CrownForward(double=False), CrownForward(), None)  # type: ignore[arg-type]
+    with torch.no_grad():
+        exact = CrownForward().planes(net, Box(low, high), rows.expand(2, -1, -1))
+        bounds = torch.stack([exact.lower[0] + 1e-6, exact.lower[1] - 1]).unsqueeze(1)  # the first box is close
+        still = torch.ones(2, 1, dtype=torch.bool)
+        some = Boxes(low, high, torch.zeros(2, dtype=torch.int64), still, torch.zeros_like(low))
+        found = splitting._planes(some, torch.arange(_OUTPUTS), bounds)
+    assert found.free.tolist() == [1, 2]
+    torch.testing.assert_close(found.slopes[0, :, 1], exact.slopes[0, :, 1])
+
+
+def cases(rows: Tensor) -> Cases:
+    one, none = torch.zeros(1, _INPUTS), torch.zeros(1, dtype=torch.bool)
+    bounds = torch.zeros(1, len(rows), dtype=torch.float64)
+    spec = Spec(_INPUTS, _OUTPUTS, ())
+    return Cases(spec, one, one, none, one, one, rows, bounds, torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("slope", "offset", "left"), [(1e-35, 0.0, 2e9), (1e-35, torch.nan, 1e10), (torch.inf, 0.0, 0)]
+)
+def test_planes_that_are_faint_or_no_numbers_leave_what_they_say_nothing_about(
+    slope: float, offset: float, left: float
+) -> None:
+    low, high = torch.zeros(1, 1), torch.full((1, 1), 1e10)
+    some = Boxes(low, high, torch.zeros(1), torch.ones(1, 1, dtype=torch.bool), torch.zeros_like(low))
+    ends = torch.tensor([[offset]], dtype=torch.float64)
+    found = Planes(torch.full_like(ends, -1.0), ends, torch.full((1, 1, 1), slope).double(), torch.zeros(1).long())
+    cut = clipped(some, found, torch.full((1, 1, 1), 2e-26, dtype=torch.float64))
+    assert bool(cut.still.all())
+    assert float(cut.low) == 0
+    assert float(cut.high) >= left
