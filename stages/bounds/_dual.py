@@ -91,7 +91,7 @@ def ascend(
             more = {key: chain.unflat(name, pushed[key]).unsqueeze(0) for key, name in names.items()}
             watch: dict[str, Tensor] = {}
             found = chain.bound(chain.graph.output, row.unsqueeze(0), lower=alphas, push=more, watch=watch)[0]
-            moved = (push * known.side * known.point).double()
+            moved = push.double() * known.side * known.point
             found = found + moved.sum(1) - 64 * DOUBLE * len(moved[0]) * moved.detach().abs().sum(1)
             total = found.sum()
         best = torch.maximum(best, found.detach())
