@@ -200,7 +200,7 @@ def _by_autograd(op: Op, values: dict[str, Any], slopes: Any) -> Pulled:
             is_grads_batched=True,
             materialize_grads=True,
         )
-    return dict(zip(names, back, strict=True))
+    return {name: _layout.alike(part, values[name].low) for name, part in zip(names, back, strict=True)}
 
 
 _RULES: dict[str, Callable[[Op, tuple[Any, ...], Tensor], Pulled]] = {
