@@ -47,7 +47,7 @@ NETS = ("mnist certified", "mnist plain", "cifar10 residual", "cifar10 wrn-10-1"
 METHODS: dict[str, tuple[Certifier, int, int]] = {  # with how many images, in how many rounds
     "ibp": (IBP(), 64, 9),
     "crown_ibp": (CrownIBP(), 64, 5),
-    "crown": (Crown(), 8, 3),
+    "crown": (Crown(), 64, 3),
     "alpha_crown": (AlphaCrown(), 2, 1),
 }
 _BATCH, _MOVING, _DOMAINS = 64, 8, 64
@@ -124,7 +124,7 @@ def _targets(
         )
     if "alpha_crown" in spent:
         _line("alpha-CROWN, 20 iterations, against CROWN", 70.0, spent["alpha_crown"], _alone(here))
-    for kind, images in (("ibp", 64), ("crown_ibp", 64), ("crown", 8)):
+    for kind, images in (("ibp", 64), ("crown_ibp", 64), ("crown", 64)):
         if kind not in spent or (kind == "crown" and crowned < images):
             continue
         certifier = METHODS[kind][0]
@@ -337,7 +337,7 @@ def _formula(here: Case, kind: str, images: int) -> str:
     if kind in {"ibp", "alpha_crown"}:
         return ""
     held, row = sum(graph.entries.values()), max(graph.entries.values())
-    size = min(_sweep.fitting(graph, 4, 2.0), images, 16 if kind == "crown" else images)
+    size = min(_sweep.fitting(graph, 4, 2.0), images)
     rows = max(1, 2**22 // (4 * size * row))
     coefficients = max(4 * size * 6 * rows * row, _neurons.COPIES * 2**22 if kind == "crown" else 0)
     return f"{(4 * size * 10 * held + coefficients) / 2**20:,.0f}"

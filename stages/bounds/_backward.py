@@ -40,8 +40,8 @@ class Chain:
     of a value by its intersection with a better one, which later operations then use.
     """
 
-    def __init__(self, net: nn.Module, box: Box, unit: float, double: bool) -> None:
-        self.graph: Trace = trace(net, box.low)
+    def __init__(self, net: nn.Module, box: Box, unit: float, double: bool, graph: Trace | None = None) -> None:
+        self.graph: Trace = trace(net, box.low) if graph is None else graph
         self.kind = torch.float64 if double or box.low.dtype == torch.float64 else torch.float32
         self.own = DOUBLE if self.kind == torch.float64 else SINGLE
         self.rounding = Rounding(unit, self.own)

@@ -45,12 +45,11 @@ def grouped(
     memory: float,
     double: bool = False,
     copies: int = COPIES,
-    most: int | None = None,
+    graph: Trace | None = None,
 ) -> Tensor:
-    """[B, R]: `lower` of one group of images after the other, each as many as fit, and at most `most`."""
+    """[B, R]: `lower` of one group of images after the other, each as many as fit. `graph` is the network's trace."""
     _layout.keep_pages()
-    size = fitting(trace(net, box.low), 8 if double else box.low.element_size(), memory, copies)
-    size = min(size, most or size)
+    size = fitting(graph or trace(net, box.low), 8 if double else box.low.element_size(), memory, copies)
     if size >= len(box.low):
         return lower(box, rows)
     return torch.cat([lower(part(box, slice(at, at + size)), rows[at : at + size]) for at in range(0, len(rows), size)])

@@ -12,7 +12,7 @@ from stages.bounds._backward import Chain
 from stages.bounds._interval import UNITS, outward
 from stages.bounds._trace import trace
 from stages.bounds.base import Box, Certifier
-from stages.bounds.crown import MOST, Crown
+from stages.bounds.crown import Crown
 from stages.bounds.ibp import check
 
 
@@ -43,7 +43,7 @@ class AlphaCrown(Certifier):
         relus = sum(op.kind == "relu" for op in trace(net, box.low).ops)
         double = self.arithmetic == "real"
         copies = 4 * (1 + relus) * _sweep.COPIES
-        found = _sweep.grouped(net, box, rows, partial(self._lower, net, copies), self.memory, double, copies, MOST)
+        found = _sweep.grouped(net, box, rows, partial(self._lower, net, copies), self.memory, double, copies)
         return torch.maximum(plain, found)
 
     def _lower(self, net: nn.Module, copies: int, box: Box, rows: Tensor) -> Tensor:

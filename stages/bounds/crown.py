@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from stages.bounds import _sweep
 from stages.bounds._backward import Chain
 from stages.bounds._interval import UNITS, outward
+from stages.bounds._trace import Trace, trace
 from stages.bounds.base import Box, Certifier
 from stages.bounds.ibp import check
-
-MOST = 16  # images at once
 
 
 class Crown(Certifier):
@@ -35,10 +34,10 @@ class Crown(Certifier):
     def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
         check(box, rows)
         double = self.arithmetic == "real"
-        bound = partial(self._lower, net)
-        return _sweep.grouped(net, box, rows, bound, self.memory, double, most=MOST)
+        graph = trace(net, box.low)
+        return _sweep.grouped(net, box, rows, partial(self._lower, net, graph), self.memory, double, graph=graph)
 
-    def _lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
-        chain = Chain(net, box, UNITS[self.arithmetic], self.arithmetic == "real")
+    def _lower(self, net: nn.Module, graph: Trace, box: Box, rows: Tensor) -> Tensor:
+        chain = Chain(net, box, UNITS[self.arithmetic], self.arithmetic == "real", graph)
         _sweep.follow(chain, lambda op: _sweep.tighten(chain, op, self.memory))
         return outward(_sweep.logits(chain, rows, self.memory), rows.dtype, -float("inf"))
