@@ -340,7 +340,7 @@ def _formula(here: Case, kind: str, images: int) -> str:
     size = min(_sweep.fitting(graph, 4, 2.0), images)
     rows = max(1, 2**22 // (4 * size * row))
     coefficients = max(4 * size * 6 * rows * row, _neurons.COPIES * 2**22 if kind == "crown" else 0)
-    return f"{(4 * size * 10 * held + coefficients) / 2**20:,.0f}"
+    return f"{(4 * size * 16 * held + coefficients) / 2**20:,.0f}"
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 Memory. With w bytes a number (4, or 8 in float64), N the entries of all values of one image and n those of the widest,
 B images and R rows at once take at most
 
-    w B (10 N + 6 R n)
+    w B (16 N + 6 R n)
 
-bytes: boxes, offsets, slacks and lines of every value, and the copies of the coefficients that live in one backward
-step. A cap of M GiB gives half to either term: images are taken in groups with w 10 N B <= M 2^29, and rows in blocks
-with w 6 R n B <= M 2^29. Rows of single neurons (`_neurons`) gather their lines, which makes it 12 for 6; R counts the
-rows of all images then, so that there is no B, and n is what a window holds. A cap that one image and one row do not
-fit is refused. With more memory than that allows, groups and blocks still stay near 4 MiB of coefficients, which the
-processor's caches hold: larger ones are slower.
+bytes: boxes, offsets, slacks and lines of every value, padded lines where windows are cut out of them, and the copies
+of the coefficients that live in one backward step. A cap of M GiB gives half to either term: images are taken in groups
+with w 16 N B <= M 2^29, and rows in blocks with w 6 R n B <= M 2^29. Rows of single neurons (`_neurons`) gather their
+lines, which makes it 12 for 6; R counts the rows of all images then, so that there is no B, and n is what a window
+holds. A cap that one image and one row do not fit is refused. With more memory than that allows, groups and blocks
+still stay near 4 MiB of coefficients, which the processor's caches hold: larger ones are slower.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from stages.bounds.base import Ball, Box, TooLittleMemory
 from stages.method import InputError
 
 COPIES = 6  # tensors of the size of the coefficients that live at once in one backward step
-_HELD = 10  # numbers kept for every entry of every value
+_HELD = 16  # numbers kept for every entry of every value
 _CACHE = 2**22  # bytes
 Rows = Chain | _neurons.Neurons
 Bound = Callable[[Rows, str, Tensor], Tensor]

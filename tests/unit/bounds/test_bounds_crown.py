@@ -93,7 +93,7 @@ def test_a_box_is_bounded_alone_as_in_a_batch_and_in_any_number_of_blocks() -> N
     with torch.no_grad():
         together = Crown().lower(net, box, rows)
         # The least that holds an image and a row, and what holds two images and a few rows.
-        small = [Crown(memory=share).lower(net, box, rows) for share in (5.6e-6, 1.2e-5)]
+        small = [Crown(memory=share).lower(net, box, rows) for share in (9e-6, 2e-5)]
         alone = [Crown().lower(net, Box(box.low[i : i + 1], box.high[i : i + 1]), rows[i : i + 1]) for i in range(4)]
     for found in small:
         assert torch.allclose(together, found, atol=1e-6)
