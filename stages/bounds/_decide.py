@@ -7,15 +7,16 @@ yet proved is split at the open ReLU whose lines lose most (after Bunel et al. 2
 input that the bound depends on most: complete on ReLU networks.
 Where linear bounds are worst, the box's corner is tried as a counterexample.
 
-Boxes of pre-activations are found once per image and cut with the signs; interval arithmetic carries the cuts on. Where
-nothing is left of a box the domain is empty. Slopes and multipliers start where the parent's ended. Departures from the
-paper: one score for splitting, no look-ahead; rounding as in `_backward`, so a margin below it stays open.
+Boxes of pre-activations are found once per image and cut with the signs; interval arithmetic carries the cuts on. They
+are formed anew, of the points that refute the row alone (`_halfspace`), for every row at first and for domains that
+have come much nearer to a proof. Where nothing is left of a box the domain is empty. Slopes and multipliers start where
+the parent's ended. Departures from the paper: boxes formed anew; one score for splitting, no look-ahead; rounding as in
+`_backward`, so a margin below it stays open.
 """
 
 import heapq
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,8 +26,9 @@ from stages.bounds import _slopes, _sweep
 from stages.bounds._backward import Chain
 from stages.bounds._domains import Domains, Pool
 from stages.bounds._dual import Ascent, Known, ascend
+from stages.bounds._halfspace import Halfspace
 from stages.bounds._interval import UNITS
-from stages.bounds._trace import Op
+from stages.bounds._roots import Boxes, Roots, ends_of, followed, tightened
 from stages.bounds.base import Ball, Box, Contradiction
 from stages.method import InputError
 
@@ -34,6 +36,9 @@ Pause = Callable[[Tensor, Tensor, Tensor], Tensor]
 _RATE, _BOX_RATE = 0.3, 0.5
 _BENT = frozenset({"relu"})
 _ROOT = 0.3  # of the time goes to the boxes at most
+_NARROW_STEPS = 3
+_SHRUNK, _AGAIN = 0.9, 0.6  # of what was missed: less than that, and boxes are formed anew, of the whole or of parts
+_MOST = 16  # of a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,52 +107,22 @@ class _Search:
         self.points = centre.unsqueeze(1).expand(len(rows), rows.shape[1], *centre.shape[1:]).clone()
         self.broken = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)
         chain = Chain(net, box, self.unit, self.double)
-        self.first: dict[str, tuple[Tensor, Tensor]] = {}
-        self._tightened(chain, memory, _sweep.plain, self.end)
-        self.first = self._boxes(chain)
+        self.first: Boxes = tightened(chain, memory, _sweep.plain, self.end, {})
+        self.roots = Roots()
         self.lower = _sweep.logits(chain, rows, memory)
-        self.least = torch.full(
-            rows.shape[:2], torch.inf, dtype=torch.float64, device=rows.device
-        )  # of domains that are done with
+        self.least = torch.full_like(self.goal, torch.inf).contiguous()  # of domains that are done with
         self.bends = tuple(op for op in chain.done if op.kind in _BENT)
         self.widths = tuple(self.first[op.reads()[0]][0].shape[1] for op in self.bends)
         self.kind = chain.kind
         self.at_once = max(1, min(domains, _sweep.block(chain, memory / (4 * (1 + len(self.bends)))) * chain.batch))
         self.lows, self.highs = list(box.low.unbind()), list(box.high.unbind())
         self.heap: list[tuple[int, float, int, int, int, int]] = []  # visits, bound, count, number, image, row
+        self.place = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         self.pool = Pool(self._whole(self.broken.new_zeros(0, 2, dtype=torch.int64)))
         self.left = torch.zeros_like(self.broken)
         self.visits = torch.zeros_like(self.broken, dtype=torch.int64)
         self.waiting = torch.zeros_like(self.visits)
         self.count = 0
-
-    def _tightened(
-        self, chain: Chain, memory: float, bound: _sweep.Bound, end: float, images: Tensor | None = None
-    ) -> None:
-        """All operations in turn; after `end` boxes stay as they were in the first pass, or as intervals make them."""
-
-        def timed(chain: _sweep.Rows, name: str, slopes: Tensor) -> Tensor:
-            if time.monotonic() > end:
-                raise TimeoutError
-            return bound(chain, name, slopes)
-
-        def tighten(op: Op) -> None:
-            for name in chain.operands(op):
-                if name in self.first:
-                    chain.tighten(name, *(chain.unflat(name, side[images]) for side in self.first[name]))
-            with suppress(TimeoutError):
-                _sweep.tighten(chain, op, memory, timed)
-
-        _sweep.follow(chain, tighten)
-
-    def _boxes(self, chain: Chain) -> dict[str, tuple[Tensor, Tensor]]:
-        """What non-linear operations read, [B, n] each end."""
-        names = {name for op in chain.done if op.result in chain.fronts for name in chain.operands(op)}
-        found = {}
-        for name in names:
-            low, high = _ends(chain, name)
-            found[name] = chain.flat(name, low), chain.flat(name, high)
-        return found
 
     def run(self, limit: int, on_step: Callable[[int, int], None] | None, pause: Pause | None) -> None:
         self._try(self.points)
@@ -157,8 +132,9 @@ class _Search:
             return
         self._descend(open_)
         self._root(images)
-        self._paused(pause, (self.lower <= self.goal) & ~self.broken)
-        self._push(self._whole(((self.lower <= self.goal) & ~self.broken & ~self.left).nonzero()))
+        open_ = (self.lower <= self.goal) & ~self.broken
+        self._paused(pause, open_)
+        self._push(self._whole((open_ & ~self.left).nonzero()))
         while self.heap and limit > 0 and time.monotonic() < self.end:
             batch: list[int] = []
             while self.heap and len(batch) < min(limit, self.at_once):
@@ -181,11 +157,12 @@ class _Search:
             self.left |= pause(open_, self.broken, self.points)
 
     def result(self) -> Tensor:
-        """The least bound of a row's leaves, proved, open or left, and never below the first one."""
+        """The least bound of a row's leaves, proved, open or left, and never below the first one.
+
+        Bounds on the points that refute a row (`_halfspace`) say no more than that it is above its goal.
+        """
         self._retire(self.pool.take([entry[3] for entry in self.heap]))
-        found = self.least
-        searched = torch.isfinite(found)
-        lower = torch.where(searched, torch.maximum(found, self.lower), self.lower)
+        lower = torch.where(self.least.isfinite(), torch.maximum(self.least, self.lower), self.lower)
         if bool((self.broken & (lower > self.goal)).any()):
             raise Contradiction("branch and bound: a row is refuted by a point and proved; one of the bounds is wrong")
         return lower
@@ -196,7 +173,7 @@ class _Search:
         none = torch.zeros(len(places), 0, dtype=self.kind, device=places.device)
         slopes = none.new_full((len(places), sum(self.widths)), torch.nan, dtype=torch.float16)
         bound = torch.full_like(image, -torch.inf, dtype=torch.float64)
-        return Domains(image, row, image, bound, none.long(), none, none, none, slopes)
+        return Domains(image, row, image, self.place[image], bound, -bound, none.long(), none, none, none, slopes)
 
     def _push(self, some: Domains) -> None:
         spots, ones = (some.image, some.row), torch.ones_like(some.image)
@@ -210,7 +187,8 @@ class _Search:
     def _retire(self, some: Domains) -> None:
         """What is never looked at again still counts for its row."""
         spots = some.image * self.least.shape[1] + some.row
-        self.least.view(-1).scatter_reduce_(0, spots, some.bound, "amin")
+        above = torch.nextafter(self.goal, torch.full_like(self.goal, torch.inf)).view(-1)[spots]
+        self.least.view(-1).scatter_reduce_(0, spots, torch.minimum(some.bound, above), "amin")
 
     def _root(self, images: Tensor) -> None:
         """Boxes of what non-linear operations read, with optimised slopes, for the images that are open."""
@@ -218,10 +196,9 @@ class _Search:
         room = self.memory / (4 * (1 + len(self.bends)))
         now = time.monotonic()
         end = now + _ROOT * (self.end - now)
-        self._tightened(chain, room, _slopes.optimised(self.box_steps, _BOX_RATE), end, images)
-        self.place = torch.full((len(self.rows),), -1, device=images.device)
-        self.place[images] = torch.arange(len(images), device=images.device)
-        self.roots = self._boxes(chain)
+        boxes = {name: (low[images], high[images]) for name, (low, high) in self.first.items()}
+        boxes = tightened(chain, room, _slopes.optimised(self.box_steps, _BOX_RATE), end, boxes)
+        self.place[images] = self.roots.add(boxes, len(images))
         found = _sweep.logits(chain, self.rows[images], self.memory)
         self.lower[images] = torch.maximum(self.lower[images], found)
 
@@ -229,46 +206,69 @@ class _Search:
         ball = self.box.ball
         return Box(low, high, None if ball is None else Ball(ball.centre[images], ball.norm, ball.eps))
 
+    def _chain(self, some: Domains) -> Chain:
+        places = some.box.tolist()
+        low, high = (torch.stack([ends[i] for i in places]) for ends in (self.lows, self.highs))
+        return Chain(self.net, self._part(some.image, low, high), self.unit, self.double)
+
     def _bound(self, some: Domains) -> None:
-        spots, boxes = (some.image, some.row), some.box.tolist()
-        low, high = (torch.stack([ends[i] for i in boxes]) for ends in (self.lows, self.highs))
-        chain = Chain(self.net, self._part(some.image, low, high), self.unit, self.double)
-        known = Known(self.bends, self.widths, some.at, some.side, some.point, some.push)
-        self._follow(chain, known, self.place[some.image])
+        chain, known, spots = self._chain(some), self._known(some), (some.image, some.row)
+        followed(chain, self._start(some, known))
         self.visits.index_put_(spots, torch.ones_like(some.image), accumulate=True)
-        start = self._slopes(chain, some)
         row, goal = self.rows[spots].to(chain.kind), self.goal[spots]
-        found = ascend(chain, row, start, known, self.steps, _RATE, goal)
+        found = ascend(chain, row, self._slopes(chain, some), known, self.steps, _RATE, goal)
         self._corners(some, found)
         bound = torch.maximum(torch.where(chain.empty, torch.inf, found.best), some.bound)
         ends = [
             chain.flat(op.reads()[0], found.lower[op.result][0])
             if op.result in found.lower
-            else torch.zeros(len(some), width, device=low.device)
+            else torch.zeros(len(some), width, device=row.device)
             for op, width in zip(self.bends, self.widths, strict=True)
         ]
         slopes = torch.cat(ends, 1).half() if ends else some.slopes
         some = replace(some, bound=bound, push=found.push, slopes=slopes)
         open_ = (bound <= goal) & ~self.broken[spots]
         self._retire(some[~open_])
+        again = open_ & self._worth(some, goal - bound)
+        if bool(again.any()):
+            space = Halfspace.of(chain, found.last, found.watch[chain.graph.input][0], goal)
+            self._narrow(some[again], space.of_images(again))
+        open_ &= ~again
         if bool(open_.any()):
             scores, points = self._scores(chain, found)
             watched = found.watch.get(chain.graph.input)
             self._split(some[open_], scores[open_], points[open_], None if watched is None else watched[0][open_])
 
-    def _follow(self, chain: Chain, known: Known, places: Tensor) -> None:
-        """The chain of the domains: the boxes of the root, cut by what is known."""
-        low_cuts, high_cuts = known.ends()
+    def _worth(self, some: Domains, misses: Tensor) -> Tensor:
+        """Which domains to narrow: what they miss has shrunk since that was done last, and there is room."""
+        whole = (some.side != 0).sum(1) == 0
+        worth = misses < torch.where(whole, _SHRUNK, _AGAIN) * some.missed
+        room = self.memory * 2**28 / max(1, self.roots.bytes()) - self.roots.count
+        return worth & (worth.cumsum(0) <= min(room, _MOST)) if self.bends else torch.zeros_like(worth)
 
-        def cut(op: Op) -> None:
-            for name in chain.operands(op):
-                if name in self.roots:
-                    low, high = (end[places] for end in self.roots[name])
-                    if op.result in low_cuts:
-                        low, high = torch.maximum(low, low_cuts[op.result]), torch.minimum(high, high_cuts[op.result])
-                    chain.tighten(name, chain.unflat(name, low), chain.unflat(name, high))
+    def _narrow(self, some: Domains, space: Halfspace) -> None:
+        """New boxes for the domains, of the points that refute their rows; they are bounded again."""
+        chain, now = self._chain(some), time.monotonic()
+        best = _slopes.optimised(_NARROW_STEPS, _BOX_RATE, space)
+        end = now + _ROOT * (self.end - now)
+        room = self.memory / (4 * (1 + len(self.bends)))
+        boxes = tightened(chain, room, best, end, self._start(some, self._known(some)), sharp=False)
+        missed = self.goal[some.image, some.row] - some.bound
+        bound = torch.where(chain.empty, torch.inf, some.bound)
+        some = replace(some, root=self.roots.add(boxes, len(some)), bound=bound, missed=missed)
+        self._retire(some[chain.empty])
+        self._push(some[~chain.empty])
 
-        _sweep.follow(chain, cut)
+    def _known(self, some: Domains) -> Known:
+        return Known(self.bends, self.widths, some.at, some.side, some.point, some.push)
+
+    def _start(self, some: Domains, known: Known) -> Boxes:
+        """The boxes of the domains' sets, cut by what is known; low may be above high."""
+        boxes, cuts = self.roots.take(some.root), known.ends()
+        for op in self.bends:
+            name, (low, high) = op.reads()[0], (ends[op.result] for ends in cuts)
+            boxes[name] = torch.maximum(boxes[name][0], low), torch.minimum(boxes[name][1], high)
+        return boxes
 
     def _slopes(self, chain: Chain, some: Domains) -> dict[str, Tensor]:
         """The slopes that the parents' ascent ended with, else those of CROWN."""
@@ -331,7 +331,7 @@ class _Search:
         scores, points = [], []
         for op in self.bends:
             name = op.reads()[0]
-            low, high = (chain.flat(name, end) for end in _ends(chain, name))
+            low, high = (chain.flat(name, end) for end in ends_of(chain, name))
             slopes = found.watch.get(op.result)
             weight = torch.zeros_like(low) if slopes is None else chain.flat(op.result, slopes[0])
             above = -weight.clamp(max=0) * high * -low / (high - low).clamp(min=1e-30)
@@ -360,8 +360,3 @@ class _Search:
             self.highs += [left, high]
             both = some[torch.tensor([i, i], device=some.image.device)]
             self._push(replace(both, box=torch.tensor([number, number + 1], device=some.image.device)))
-
-
-def _ends(chain: Chain, name: str) -> tuple[Tensor, Tensor]:
-    box = chain.values[name]
-    return box.low, box.high

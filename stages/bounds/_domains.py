@@ -9,13 +9,16 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True)
 class Domains:
-    """Of each domain: image, row and input box int64 [N]; the best bound of those it was cut from float64 [N]; what is
-    known of it, [N, D] as in `_dual.Known`; and slopes below ReLUs to start from float16 [N, F], NaN where none are."""
+    """Of each domain: image, row, input box and set of boxes (`_roots`) int64 [N]; the best bound of those it was cut
+    from, and what its row missed when that set was formed, float64 [N]; what is known of it, [N, D] as in
+    `_dual.Known`; and slopes below ReLUs to start from float16 [N, F], NaN where none are."""
 
     image: Tensor
     row: Tensor
     box: Tensor
+    root: Tensor
     bound: Tensor
+    missed: Tensor
     at: Tensor
     side: Tensor
     point: Tensor

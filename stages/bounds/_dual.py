@@ -58,10 +58,11 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Ascent:
-    """[B] best bound seen; slopes and multipliers at the end; of the last bound the coefficients of results and of the
-    image, where it is least [B, ...], and what its lines make of every value there (None where they do not say)."""
+    """[B] best bound seen and the last; slopes and multipliers at the end; of the last the coefficients of results and
+    of the image, where it is least [B, ...], and what its lines make of every value there, None if they do not say."""
 
     best: Tensor
+    last: Tensor
     lower: dict[str, Tensor]
     push: Tensor
     watch: dict[str, Tensor]
@@ -112,7 +113,7 @@ def ascend(
                 value.clamp_(0, 1)
             push.clamp_(min=0)
     kept = [{key: value.detach() for key, value in part.items()} for part in (alphas, watch)]
-    return Ascent(best, kept[0], push.detach(), kept[1], lowest, reached)
+    return Ascent(best, found.detach(), kept[0], push.detach(), kept[1], lowest, reached)
 
 
 def _reached(

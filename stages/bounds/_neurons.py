@@ -155,10 +155,12 @@ class Neurons:
         push: Mapping[str, Tensor] | None = None,
         watch: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """[1, R] float64. `slopes` [1, R] multiply the rows, `lower` gives slopes as `drawn` does."""
+        """[1, R] float64. `slopes` [1, R] multiply the rows, `lower` gives slopes as `drawn` does.
+
+        `watch` is filled with the coefficients of the image where they are not in windows.
+        """
         if push or name != self.way.name:
             raise ValueError("single neurons are bounded without constraints, and of one value")
-        del watch
         scale = self.signs * slopes[0]
         total = self._start(scale)
         waiting: dict[str, Tensor | One] = {name: One(scale)}
@@ -177,7 +179,10 @@ class Neurons:
             for operand, part in pulled.items():
                 waiting[operand] = self._both(operand, waiting[operand], part) if operand in waiting else part
         if self.chain.graph.input in waiting:
-            total = total + self._least(self._dense(waiting.pop(self.chain.graph.input), self.chain.graph.input))
+            dense = self._dense(waiting.pop(self.chain.graph.input), self.chain.graph.input)
+            if watch is not None and self._frame(self.chain.graph.input) is None:
+                watch[self.chain.graph.input] = dense
+            total = total + self.least_of(dense)
         return total.unsqueeze(0)
 
     def drawn(self) -> dict[str, Tensor]:
@@ -331,7 +336,8 @@ class Neurons:
             self.kept[op.result] = {"floor": taken[0], "gap": taken[1], "slopes": pairs, "shift": taken[-1]}
         return self.kept[op.result]
 
-    def _least(self, here: Tensor) -> Tensor:
+    def least_of(self, here: Tensor) -> Tensor:
+        """[R] float64: the least value over the box of coefficients of the image."""
         name = self.chain.graph.input
         share = 4 * self.chain.own * self.chain.reads[name]
         middle, wide = self.chain.ends.parts(share)

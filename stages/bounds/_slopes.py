@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stages.bounds._backward import Chain
+from stages.bounds._halfspace import Halfspace
 from stages.bounds._neurons import Neurons
 
 
@@ -31,26 +32,35 @@ def drawn(chain: Chain, name: str, rows: int) -> dict[str, Tensor]:
     return first
 
 
-def optimised(steps: int, rate: float) -> Callable[[Chain | Neurons, str, Tensor], Tensor]:
-    """`Chain.bound` with free slopes optimised."""
+def optimised(
+    steps: int, rate: float, against: Halfspace | None = None
+) -> Callable[[Chain | Neurons, str, Tensor], Tensor]:
+    """`Chain.bound` with free slopes optimised; of the points in a half-space where one is given."""
 
     def best(chain: Chain | Neurons, name: str, slopes: Tensor) -> Tensor:
         first = chain.drawn() if isinstance(chain, Neurons) else drawn(chain, name, len(slopes))
-        return _ascended(chain, name, slopes, first, steps if first else 0, rate)
+        return _ascended(chain, name, slopes, first, steps if first else 0, rate, against)
 
     return best
 
 
 def _ascended(
-    chain: Chain | Neurons, name: str, slopes: Tensor, lower: Mapping[str, Tensor], steps: int, rate: float
+    chain: Chain | Neurons,
+    name: str,
+    slopes: Tensor,
+    lower: Mapping[str, Tensor],
+    steps: int,
+    rate: float,
+    against: Halfspace | None,
 ) -> Tensor:
     """The best bound seen in `steps` of Adam, from slopes `lower` on. Every step's bound is sound."""
     alphas = {key: value.detach().clone().requires_grad_() for key, value in lower.items()}
     best = torch.full((len(slopes), chain.batch), -torch.inf, dtype=torch.float64, device=slopes.device)
     climb = Adam(list(alphas.values()))
     for step in range(steps + 1):
+        watch: dict[str, Tensor] = {}
         with torch.enable_grad():
-            found = chain.bound(name, slopes, lower=alphas)
+            found = chain.bound(name, slopes, lower=alphas, watch=watch)
             total = found.sum()
         best = torch.maximum(best, found.detach())
         # Nothing moves a bound whose way does not pass by what is free.
@@ -61,7 +71,10 @@ def _ascended(
         with torch.no_grad():
             for value in moving:
                 value.clamp_(0, 1)
-    return best
+    image = (chain.chain if isinstance(chain, Neurons) else chain).graph.input
+    if against is None or image not in watch:
+        return best
+    return torch.maximum(best, against.better(chain, found.detach(), watch[image].detach()))
 
 
 class Adam:

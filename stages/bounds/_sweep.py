@@ -105,14 +105,18 @@ def logits(
     return bounds
 
 
-def tighten(chain: Chain, op: Op, memory: float, bound: Bound = plain, copies: int = COPIES) -> None:
-    """Bounds from the image for what `op` reads, where they can matter (`_relax.crossed`).
+def tighten(
+    chain: Chain, op: Op, memory: float, bound: Bound = plain, copies: int = COPIES, sharp: bool = True
+) -> None:
+    """Bounds from the image for what `op` reads, where they can matter (`_relax.crossed`), and, where `sharp`, where
+    intervals are not exact already.
 
     Of a ReLU's input the end nearer to zero is asked for first: where that settles the sign, the line is exact whatever
     the other end, which keeps its interval.
     """
     for name in chain.operands(op):
-        if name in chain.fronts or name == chain.graph.input or chain.sharp.get(name) or name in chain.tight:
+        exact = sharp and chain.sharp.get(name)
+        if name in chain.fronts or name == chain.graph.input or exact or name in chain.tight:
             continue
         chain.tight.add(name)
         box = chain.values[name]

@@ -3,6 +3,7 @@
 import time
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -18,7 +19,8 @@ class BranchAndBound(Certifier):
     """CROWN first; what it leaves open is attacked, then split at open ReLUs until proved, refuted or out of time.
 
     `seconds` is the time per image (those that need none leave theirs to the others). The answer for a row is the least
-    bound over its domains: above 0 where proved; at most 0 where refuted or open. It is never below CROWN's. Answers
+    bound over its domains: above 0 where proved, if only just where branching was needed; at most 0 where refuted or
+    open. It is never below CROWN's. Answers
     of rows that run out of time depend on the machine's speed, but stay sound; with `limit` domains and time enough
     they do not depend on it.
 
@@ -61,4 +63,6 @@ class BranchAndBound(Certifier):
             box_steps=self.box_steps,
             memory=self.memory,
         )
-        return outward(found.lower, rows.dtype, -float("inf"))
+        lower = outward(found.lower, rows.dtype, -float("inf"))
+        least = torch.nextafter(torch.zeros_like(lower), torch.ones_like(lower))
+        return torch.where(found.lower > 0, torch.maximum(lower, least), lower)  # what is proved stays so

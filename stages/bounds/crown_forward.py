@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from stages.bounds import _sweep
 from stages.bounds._backward import Chain
 from stages.bounds._forward import Bands
-from stages.bounds._interval import DOUBLE, TINY, UNITS, gamma, outward
+from stages.bounds._halfspace import offset
+from stages.bounds._interval import UNITS, outward
 from stages.bounds.base import Box, Certifier
 from stages.bounds.ibp import check
 
@@ -78,11 +79,8 @@ class CrownForward(Certifier):
             loss = chain.input_loss()
             moved = chain.ends.least(slopes, loss)
             flat = slopes.flatten(2).double()
-            # What the transposes may lose at each entry of x, and what the difference loses in float64.
-            lost = (loss + gamma(flat.shape[2] + 8, DOUBLE)) * (flat.abs() * size).sum(2)
-            lost = lost + 8 * DOUBLE * (least.abs() + moved.abs()) + TINY
-            offset = least - moved - lost + (flat * held).sum(2)
-            parts.append(torch.cat([offset.unsqueeze(2), flat[..., ~fixed]], 2))
+            start = offset(least, moved, flat, size, loss) + (flat * held).sum(2)
+            parts.append(torch.cat([start.unsqueeze(2), flat[..., ~fixed]], 2))
             return least
 
         lower = _sweep.logits(chain, rows, self.memory, bound)

@@ -101,6 +101,23 @@ def test_a_deeper_network_is_decided_and_never_looser_than_crown() -> None:
     assert bool((answers.lower >= plain).all())
 
 
+def test_what_branching_proves_is_above_zero_in_float32_too() -> None:
+    """Bounds on the points that refute a row say that there is none, and not by how much it is above."""
+    net = mlp(5, 4, 10, 10, 3)
+    rng = generator(5, "box")
+    x, rows = torch.randn(4, 4, generator=rng), torch.randn(4, 2, 3, generator=rng)
+    box = Box(x - 0.8, x + 0.8)
+    with torch.no_grad():
+        points = box.low + torch.rand(4000, 1, 4, generator=rng) * (box.high - box.low)
+        least = torch.einsum("brk,nbk->nbr", rows, net(points)).amin(0) - 0.2
+        shifted, near = nn.Sequential(net, _Constant()).eval(), torch.cat([rows, -least.unsqueeze(2)], 2)
+        plain = Crown().lower(shifted, box, near)
+        proved = decide(shifted, box, near, 60.0).lower > 0
+        found = BranchAndBound(seconds=60).lower(shifted, box, near)
+    assert bool((proved & (plain <= 0)).any())
+    assert bool(((found > 0) == proved).all())
+
+
 def test_points_that_refute_lie_in_the_ball() -> None:
     net = mlp(6, 4, 10, 3)
     x = torch.zeros(1, 4)
