@@ -40,6 +40,7 @@ _SHUT = (
     Tensor.untyped_storage,
 )
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_VIEWS = ("_unsafe_view", "_reshape_alias")  # they do not say so themselves
 FLOATS = (torch.float32, torch.float64)
 
 
@@ -113,6 +114,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         state = (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False))
         self.stored = {f"net.{path}": path for path, _ in state}
         self.read: set[str] = set()  # paths of stored values whose numbers decide what is recorded
+        self._viewed: set[str] = set()  # names of values that others may share their memory with
         self._roots = {name: {path} for name, path in self.stored.items()}
         self._names = {id(value): f"net.{path}" for path, value in state}
         self._parts: dict[int, tuple[str, int]] = {}
@@ -162,6 +164,12 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         func, args, kwargs = *_plainer(func, args), kwargs or {}
+        if func._schema.is_mutable and (plain := self._anew(func, args)) is not None:
+            with self:
+                found = plain(*args, **kwargs)
+            self._alive.append(found)
+            self._names[id(args[0])] = self._name(found)
+            return args[0].copy_(found)
         rule = self._table.get(func)
         with self:
             found = NotImplemented if rule is None else rule(*args, **kwargs)
@@ -176,6 +184,15 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         self._note(func, args, kwargs, result)
         return result
+
+    def _anew(self, func: Any, args: Any) -> Any:
+        """What makes a new value where `func` writes into a constant that was made on the way and has no views."""
+        made = self._names.get(id(args[0])) if args else None
+        if made not in self._roots or made in {*self.stored, *self.moving, *self._viewed}:
+            return None
+        packet = getattr(_aten, str(func.overloadpacket.__name__).removesuffix("_"), None)
+        plain = getattr(packet, func._overloadname, None)
+        return None if plain is func else plain
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         if any(result is arg for arg in args):
@@ -194,6 +211,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # Bounds have a precision of their own.
             self._names[id(result)] = op.reads()[0]
             return
+        if kind in _VIEWS or any(given.alias_info is not None for given in func._schema.returns):
+            self._viewed |= {op.result, *op.reads()}
         parts = result if isinstance(result, list | tuple) else (result,)
         self.shapes[op.result] = parts[0].shape
         if parts is result:

@@ -227,3 +227,20 @@ def test_a_weight_that_decides_the_way_makes_the_trace_anew(read: Callable[[Tens
     else:
         net.scale.copy_(torch.tensor([-3.0, 0.0]))
     assert torch.allclose(replayed(net, x), net(x))
+
+
+def test_a_constant_that_is_written_into_on_the_way_is_followed_unless_it_has_views() -> None:
+    x = torch.rand(2, 3)
+    ways: list[Callable[[Tensor], Tensor]] = [
+        lambda w: (w / 0.5).round_().mul_(0.5),
+        lambda w: (w * 3).clamp(-1, 1).add_(w),
+    ]
+    for way in ways:
+        net = Reading(way).eval().requires_grad_(False)
+        net.scale = nn.Parameter(torch.tensor([0.8, -0.3]), requires_grad=False)
+        trace(net, x)
+        net.scale.copy_(torch.tensor([-0.6, 0.1]))
+        assert torch.allclose(replayed(net, x), net(x))
+    for bad in (lambda w: (w * 3).view(2, 1).round_().view(2), lambda w: w.mul_(2)):
+        with pytest.raises(InputError, match="writes into a value"):
+            trace(Reading(bad).eval().requires_grad_(False), x)
