@@ -1,5 +1,6 @@
 """Networks for tests: every builder at a small size, with batch statistics that look trained."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -73,3 +74,14 @@ def onnx_logits(graph: bytes, x: Tensor, optimised: bool = True) -> Tensor:
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return torch.from_numpy(np.asarray(session.run(None, {name: x.detach().numpy()})[0]))
+
+
+class Single(nn.Module):
+    """One function as a network."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)

@@ -16,6 +16,7 @@ from stages.bounds.crown import Crown
 from stages.bounds.crown_forward import CrownForward
 from stages.bounds.ibp import IBP
 from stages.seeding import generator
+from tests.networks import Single
 
 SHAPE = (3, 2, 6)
 _MASK = torch.tensor([[0.0, -torch.inf, 0, 0, -torch.inf, 0]])
@@ -63,15 +64,6 @@ ROUGH: dict[str, Callable[[Tensor], Tensor]] = {
     "deviation": lambda x: x / (x.std(2, keepdim=True) + 0.2),
     "amin": lambda x: x.amin((2,)),
 }
-
-
-class Single(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 @cache

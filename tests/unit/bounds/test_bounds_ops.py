@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from stages.bounds._interval import Interval, Rounding
@@ -12,15 +12,7 @@ from stages.bounds._trace import trace
 from stages.bounds.ibp import _double, propagate
 from stages.method import InputError
 from stages.seeding import generator
-
-
-class Single(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+from tests.networks import Single
 
 
 def bounds(function: Callable[[Tensor], Tensor] | Single, low: Tensor, high: Tensor) -> Interval:
