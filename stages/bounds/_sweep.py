@@ -10,7 +10,8 @@ of the coefficients that live in one backward step. A cap of M GiB gives half to
 with w 16 N B <= M 2^29, and rows in blocks with w 6 R n B <= M 2^29. Rows of single neurons (`_neurons`) gather their
 lines, which makes it 12 for 6; R counts the rows of all images then, so that there is no B, and n is what a window
 holds. A cap that one image and one row do not fit is refused. With more memory than that allows, groups and blocks
-still stay near 4 MiB of coefficients, which the processor's caches hold: larger ones are slower.
+still stay near 4 MiB of coefficients, which the processor's caches hold: larger ones are slower. Not counted: what
+kernels take for themselves, and that a map is padded by as much as windows reach beyond it, up to six times its size.
 """
 
 from collections.abc import Callable
