@@ -1,10 +1,12 @@
 """Branch and bound: every row of every box is proved, refuted by a point, or left open when the time is over.
 
-A domain is a box of inputs together with signs of some ReLU inputs. It is bounded by linear bounds with free slopes
-and a multiplier for every known sign (beta-CROWN, Wang et al. 2021, theorem 3.1; `_dual`); domains of all images and
-rows are bounded together, those of the rows that had least before the others, and a row's worst first. A domain not
-yet proved is split at the open ReLU whose lines lose most (after Bunel et al. 2020), or, where none is open, across the
-input that the bound depends on most: complete on ReLU networks.
+A domain is a box of inputs together with sides of some inputs of ReLUs, sigmoids and tanhs. It is bounded by linear
+bounds with free slopes and a multiplier for every known side (beta-CROWN, Wang et al. 2021, theorem 3.1; `_dual`);
+domains of all images and rows are bounded together, those of the rows that had least before the others, and a row's
+worst first. A domain not yet proved is split at the open ReLU whose lines lose most (after Bunel et al. 2020), or in
+the middle of the range of a sigmoid's or tanh's input (Shi et al., "Neural Network Verification with Branch-and-Bound
+for General Nonlinearities", 2025; no point is searched for), or, where none is left, across the input that the bound
+depends on most: complete on ReLU networks.
 Where linear bounds are worst, the box's corner is tried as a counterexample.
 
 Boxes of pre-activations are found once per image and cut with the signs; interval arithmetic carries the cuts on. They
@@ -34,11 +36,12 @@ from stages.method import InputError
 
 Pause = Callable[[Tensor, Tensor, Tensor], Tensor]
 _RATE, _BOX_RATE = 0.3, 0.5
-_BENT = frozenset({"relu"})
+_BENT = frozenset({"relu", "sigmoid", "tanh"})
 _ROOT = 0.3  # of the time goes to the boxes at most
 _NARROW_STEPS = 3
 _SHRUNK, _AGAIN = 0.9, 0.6  # of what was missed: less than that, and boxes are formed anew, of the whole or of parts
 _MOST = 16  # of a batch
+_NARROWEST = 1e-3  # range of a curve's input that is worth splitting
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,10 +337,18 @@ class _Search:
             low, high = (chain.flat(name, end) for end in ends_of(chain, name))
             slopes = found.watch.get(op.result)
             weight = torch.zeros_like(low) if slopes is None else chain.flat(op.result, slopes[0])
-            above = -weight.clamp(max=0) * high * -low / (high - low).clamp(min=1e-30)
-            below = weight.clamp(min=0) * torch.minimum(high, -low) / 2
-            scores.append(torch.where((low < 0) & (high > 0), above + below, -1.0))
-            points.append(torch.zeros_like(low))
+            if op.kind == "relu":
+                above = -weight.clamp(max=0) * high * -low / (high - low).clamp(min=1e-30)
+                below = weight.clamp(min=0) * torch.minimum(high, -low) / 2
+                scores.append(torch.where((low < 0) & (high > 0), above + below, -1.0))
+                points.append(torch.zeros_like(low))
+                continue
+            lines, middle = chain.lines[op.result], (low + high) / 2
+            [(down, up)] = lines.slopes.values()
+            lift = chain.flat(op.result, (lines.high - lines.low).to(chain.kind))
+            lost = lift + (chain.flat(op.result, up) - chain.flat(op.result, down)) * middle
+            scores.append(torch.where(high - low > _NARROWEST, weight.abs() * lost, -1.0))
+            points.append(middle)
         if not scores:
             return (torch.zeros(chain.batch, 0, device=self.rows.device),) * 2
         return torch.cat(scores, 1), torch.cat(points, 1)

@@ -180,3 +180,24 @@ def test_a_network_without_relus_has_nothing_to_split() -> None:
     box = Box(x - 0.5, x + 0.5)
     found, plain = (c.lower(net.eval(), box, rows) for c in (BranchAndBound(seconds=300, limit=4), Crown()))
     assert bool((found >= plain - 1e-5).all())
+
+
+@pytest.mark.parametrize("bend", [nn.Tanh(), nn.Sigmoid()], ids=str)
+def test_curves_are_split_and_what_is_proved_holds(bend: nn.Module) -> None:
+    first, _, second, _, last = mlp(8, 3, 6, 6, 2)
+    net = nn.Sequential(first, bend, second, bend, last).eval()
+    with torch.no_grad():
+        for value in net.parameters():
+            value.mul_(2.0)
+    rng = generator(8, "curves")
+    x, rows = torch.randn(2, 3, generator=rng), torch.randn(2, 2, 2, generator=rng)
+    box = Box(x - 0.7, x + 0.7)
+    with torch.no_grad():
+        points = box.low + torch.rand(20000, 1, 3, generator=rng) * (box.high - box.low)
+        seen = torch.einsum("brk,nbk->nbr", rows, net(points)).amin(0).double()
+        loose = Crown().lower(net, box, rows).double()
+        goal = seen - 0.5 * (seen - loose)
+        found = decide(net, box, rows, 60.0, goal, limit=400)
+        near = decide(net, box, rows, 60.0, seen + 1e-3, limit=400)
+    assert bool((found.lower > goal).all())
+    assert not bool((near.lower > seen + 1e-3).any())
