@@ -19,10 +19,9 @@ class BranchAndBound(Certifier):
     """CROWN first; what it leaves open is attacked, then split at open ReLUs until proved, refuted or out of time.
 
     `seconds` is the time per image (those that need none leave theirs to the others). The answer for a row is the least
-    bound over its domains: above 0 where proved, if only just where branching was needed; at most 0 where refuted or
-    open. It is never below CROWN's. Answers
-    of rows that run out of time depend on the machine's speed, but stay sound; with `limit` domains and time enough
-    they do not depend on it.
+    bound over its domains: above `lead` where proved, if only just where branching was needed; at most `lead` where
+    refuted or open. It is never below CROWN's. Answers of rows that run out of time depend on the machine's speed, but
+    stay sound; with `limit` domains and time enough they do not depend on it.
 
     Source: Wang et al., "Beta-CROWN: Efficient Bound Propagation with Per-neuron Split Constraints for Neural Network
     Robustness Verification", 2021; see `_decide` for the method and the departures.
@@ -35,6 +34,7 @@ class BranchAndBound(Certifier):
     steps: int = Field(default=20, ge=1)
     box_steps: int = Field(default=5, ge=0)
     memory: float = Field(default=2.0, gt=0)
+    lead: float = Field(default=0.0, ge=0)
 
     def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
         check(box, rows)
@@ -51,11 +51,14 @@ class BranchAndBound(Certifier):
         return _sweep.grouped(net, box, rows, lower, self.memory, self.arithmetic == "real", copies)
 
     def _lower(self, net: nn.Module, box: Box, rows: Tensor, seconds: float) -> Tensor:
+        lead = torch.tensor(self.lead, dtype=rows.dtype)
         found = decide(
             net,
             box,
             rows,
             seconds,
+            # What is proved is above a number of the rows' own precision, so the answer is no less than that one.
+            float(torch.nextafter(lead, torch.full_like(lead, torch.inf))),
             arithmetic=self.arithmetic,
             domains=self.domains,
             limit=self.limit,
@@ -63,6 +66,4 @@ class BranchAndBound(Certifier):
             box_steps=self.box_steps,
             memory=self.memory,
         )
-        lower = outward(found.lower, rows.dtype, -float("inf"))
-        least = torch.nextafter(torch.zeros_like(lower), torch.ones_like(lower))
-        return torch.where(found.lower > 0, torch.maximum(lower, least), lower)  # what is proved stays so
+        return outward(found.lower, rows.dtype, -float("inf"))

@@ -114,8 +114,11 @@ def test_what_branching_proves_is_above_zero_in_float32_too() -> None:
         plain = Crown().lower(shifted, box, near)
         proved = decide(shifted, box, near, 60.0).lower > 0
         found = BranchAndBound(seconds=60).lower(shifted, box, near)
+        ahead = BranchAndBound(seconds=60, lead=0.01).lower(shifted, box, near)
     assert bool((proved & (plain <= 0)).any())
     assert bool(((found > 0) == proved).all())
+    assert bool(((ahead > 0.01) & (plain <= 0.01)).any())  # though bounds that stop at 0 would not get there
+    assert bool((ahead <= 0.2).all())
 
 
 def test_points_that_refute_lie_in_the_ball() -> None:
