@@ -20,6 +20,7 @@ Slopes are rounded first and intercepts made for the rounded slopes. All but ReL
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -77,9 +78,9 @@ def curve(op: Op, known: Curve, x: Interval, args: tuple[Any, ...], kwargs: dict
     bend = known.bend(x) if callable(known.bend) else known.bend
     excess = bend * spacing**2 / 8 + known.jump
     middle = (low + high) / 2
-    up = _touching(grid, heights, middle).to(kind)
-    down = -_touching(grid, -heights, middle)
-    down = down.to(kind)
+    touching = _edges if pieces == 1 else _touching
+    up = touching(grid, heights, middle).to(kind)
+    down = (-touching(grid, -heights, middle)).to(kind)
     over, under = up.double(), down.double()
     # exp, erf and the like are taken to be right within 14 units of 1 + |value|, as in the interval rules.
     reach = torch.maximum(low.abs(), high.abs()) * (1 + over.abs() + under.abs())
@@ -88,6 +89,18 @@ def curve(op: Op, known: Curve, x: Interval, args: tuple[Any, ...], kwargs: dict
     drop = (heights - under * grid).amin(0) - slack
     [name, *_] = (arg.name for arg, value in zip(op.args, args, strict=True) if isinstance(value, Interval))
     return Lines({name: (down, up)}, drop, lift)
+
+
+def _edges(grid: Tensor, heights: Tensor, middle: Tensor) -> Tensor:
+    """As `_touching`, for few points: the edge of the hull is the pair of points whose chord is highest there."""
+    best, found = torch.full_like(middle, -torch.inf), torch.zeros_like(middle)
+    for i, j in combinations(range(len(grid)), 2):
+        run = grid[j] - grid[i]
+        slope = (heights[j] - heights[i]) / run.clamp(min=TINY)
+        height = heights[i] + slope * (middle - grid[i])
+        better = (grid[i] <= middle) & (middle <= grid[j]) & (run > 1e-9) & (height > best)
+        best, found = torch.where(better, height, best), torch.where(better, slope, found)
+    return found
 
 
 def _touching(grid: Tensor, heights: Tensor, middle: Tensor) -> Tensor:
