@@ -52,8 +52,17 @@ class Known:
 
     def used(self) -> list[Op]:
         """The bends of which anything is known in some domain."""
-        places = torch.bucketize(self.at[self.side != 0], torch.tensor(self.widths).cumsum(0), right=True)
-        return [self.bends[i] for i in torch.unique(places).tolist()]
+        return [self.bends[i] for i in torch.unique(self.bend()[self.side != 0]).tolist()]
+
+    def bend(self) -> Tensor:
+        """Which of `bends` each constraint is about, [B, D]."""
+        return torch.bucketize(self.at, torch.tensor(self.widths, device=self.at.device).cumsum(0), right=True)
+
+    def repeated(self) -> bool:
+        """Whether some value has more than one constraint."""
+        none = -1 - torch.arange(self.at.shape[1], device=self.at.device)
+        places = torch.where(self.side == 0, none, self.at).sort(1).values
+        return bool((places.diff(dim=1) == 0).any())
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +91,7 @@ def ascend(
     names = {op.result: op.reads()[0] for op in known.used()}
     climb = Adam([*alphas.values(), push])
     best = torch.full((chain.batch,), -torch.inf, dtype=torch.float64, device=row.device)
+    repeated = known.repeated()
     plain = all(result in chain.lines for result in chain.fronts)
     for step in range(steps + 1):
         free = [*alphas.values(), push]
@@ -92,7 +102,11 @@ def ascend(
             more = {key: chain.unflat(name, pushed[key]).unsqueeze(0) for key, name in names.items()}
             watch: dict[str, Tensor] = {}
             found = chain.bound(chain.graph.output, row.unsqueeze(0), lower=alphas, push=more, watch=watch)[0]
-            moved = push.double() * known.side * known.point
+            # A bend that nothing reads in this bound has taken no multiplier.
+            taken = torch.tensor([op.result in watch for op in known.bends] + [False], device=row.device)
+            moved = push.double() * known.side * known.point * taken[known.bend()]
+            if repeated:
+                found = found - _lost(chain, known, push.detach(), pushed, names)
             found = found + moved.sum(1) - 64 * DOUBLE * len(moved[0]) * moved.detach().abs().sum(1)
             total = found.sum()
         best = torch.maximum(best, found.detach())
@@ -114,6 +128,18 @@ def ascend(
             push.clamp_(min=0)
     kept = [{key: value.detach() for key, value in part.items()} for part in (alphas, watch)]
     return Ascent(best, found.detach(), kept[0], push.detach(), kept[1], lowest, reached)
+
+
+def _lost(chain: Chain, known: Known, push: Tensor, pushed: Mapping[str, Tensor], names: Mapping[str, str]) -> Tensor:
+    """[B]: what the bound may lose where multipliers of several constraints on one value z are summed, at most |z|
+    times what the sum in float64 and the one that was taken differ by."""
+    exact = known.dense(-(known.side * push).double(), 0.0, "sum")
+    size = known.dense(push.double(), 0.0, "sum")
+    total = torch.zeros(len(push), dtype=torch.float64, device=push.device)
+    for key, name in names.items():
+        off = (exact[key] - pushed[key].detach().double()).abs() + 4 * DOUBLE * push.shape[1] * size[key]
+        total = total + (off * chain.flat(name, chain.values[name].size()).double()).sum(1)
+    return 1.001 * total
 
 
 def _reached(

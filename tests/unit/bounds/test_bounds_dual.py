@@ -12,6 +12,7 @@ from stages.bounds._dual import Known, _gradients, _reached, ascend
 from stages.bounds._interval import SINGLE
 from stages.bounds.base import Box
 from stages.seeding import generator
+from tests.networks import Single
 
 
 class Net(nn.Module):
@@ -123,3 +124,31 @@ def test_derivatives_are_those_of_the_bound(bend: nn.Module) -> None:
     assert max(float(grad.abs().max()) for grad in expected) > 0.1
     for grad, exact in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, exact, rtol=1e-3, atol=1e-4)
+
+
+def alone(net: nn.Module, reach: float, points: Tensor, sides: Tensor, push: Tensor) -> float:
+    """The bound on the first output over [-reach, reach]^2 with constraints [D] on the first input of a tanh."""
+    chain = Chain(net, Box(torch.full((1, 2), -reach), torch.full((1, 2), reach)), SINGLE, False)
+    _sweep.follow(chain)
+    bends = tuple(op for op in chain.done if op.kind == "tanh")
+    at = torch.zeros(1, len(points), dtype=torch.int64)
+    known = Known(bends, (2,), at, sides.unsqueeze(0), points.unsqueeze(0), push.unsqueeze(0))
+    goal = torch.full((1,), torch.inf, dtype=torch.float64)
+    return float(ascend(chain, torch.tensor([[1.0, 0.0]]), {}, known, 0, 0.1, goal).best)
+
+
+def test_a_multiplier_that_no_coefficient_takes_moves_no_bound() -> None:
+    # Lines of sign are constants, so nothing asks for the tanh; where its input is 0.4 or more, the least value is 1.4.
+    net = Single(lambda x: torch.sign(torch.tanh(x)) + x)
+    assert alone(net, 1.0, torch.tensor([0.4]), torch.tensor([1.0]), torch.tensor([50.0])) <= 1.4
+
+
+def test_multipliers_of_one_value_lose_what_their_float32_sum_does() -> None:
+    # They say z = p; -2^26 - 1 + 2^26 is summed to 0.
+    point = 3.0
+    net = Single(lambda x: torch.tanh(x) - x)
+    points, sides = torch.tensor([point, point, point]), torch.tensor([1.0, 1.0, -1.0])
+    push = torch.tensor([2.0**26, 1.0, 2.0**26])
+    with torch.no_grad():
+        value = float(net(torch.tensor([[point, 0.0]]))[0, 0])
+    assert alone(net, point, points, sides, push) <= value
