@@ -7,25 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stages.bounds.alpha_crown import AlphaCrown
 from stages.bounds.base import Box, Certifier
-from stages.bounds.branch_and_bound import BranchAndBound
-from stages.bounds.crown import Crown
-from stages.bounds.crown_forward import CrownForward
-from stages.bounds.crown_ibp import CrownIBP
 from stages.bounds.ibp import IBP
 from stages.method import InputError
 from stages.seeding import generator
+from tests.certifiers import ALL
 
-ALL: list[Certifier] = [
-    IBP(),
-    CrownIBP(),
-    Crown(),
-    CrownForward(),
-    CrownForward(double=False),
-    AlphaCrown(steps=2, box_steps=1),
-    BranchAndBound(seconds=300, limit=4),
-]
 SEEN = torch.tensor([True, False, True, True])
 FAR = torch.tensor([-1e35, 0.0, 0.0, 0.0])
 

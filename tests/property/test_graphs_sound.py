@@ -13,29 +13,15 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from stages.bounds.alpha_crown import AlphaCrown
-from stages.bounds.base import Box, Certifier
-from stages.bounds.branch_and_bound import BranchAndBound
-from stages.bounds.crown import Crown
-from stages.bounds.crown_forward import CrownForward
-from stages.bounds.crown_ibp import CrownIBP
-from stages.bounds.ibp import IBP
+from stages.bounds.base import Box
 from stages.method import InputError
 from stages.seeding import generator
+from tests.certifiers import ALL
 
 Way = Callable[..., Tensor]
 Made = tuple[Way, nn.Module | None]
 K, LARGEST, MOST = 3, 30.0, 120
 SHAPES = [(5,), (2, 3, 3), (3, 4), (1, 4, 4), (4, 3)]
-ALL: list[Certifier] = [
-    IBP(),
-    CrownIBP(),
-    Crown(),
-    CrownForward(),
-    CrownForward(double=False),
-    AlphaCrown(steps=2, box_steps=1),
-    BranchAndBound(seconds=300, limit=4),
-]
 
 CURVES: list[Way] = [
     F.relu, torch.tanh, torch.sigmoid, F.gelu, F.silu, F.hardswish, F.leaky_relu, F.elu, F.softplus, torch.abs, F.mish,

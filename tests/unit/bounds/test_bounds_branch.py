@@ -82,11 +82,15 @@ class _Constant(nn.Module):
         return torch.cat([z, z[:, :1] * 0 + 1], 1)
 
 
-def test_a_deeper_network_is_decided_and_never_looser_than_crown() -> None:
-    net = mlp(5, 4, 10, 10, 3)
+def deeper() -> tuple[nn.Module, Box, Tensor, torch.Generator]:
+    """A network of two hidden layers, four boxes, two rows for each, and what draws points."""
     rng = generator(5, "box")
     x, rows = torch.randn(4, 4, generator=rng), torch.randn(4, 2, 3, generator=rng)
-    box = Box(x - 0.8, x + 0.8)
+    return mlp(5, 4, 10, 10, 3), Box(x - 0.8, x + 0.8), rows, rng
+
+
+def test_a_deeper_network_is_decided_and_never_looser_than_crown() -> None:
+    net, box, rows, rng = deeper()
     with torch.no_grad():
         plain = Crown().lower(net, box, rows)
         found = BranchAndBound(seconds=300, limit=64).lower(net, box, rows)
@@ -103,10 +107,7 @@ def test_a_deeper_network_is_decided_and_never_looser_than_crown() -> None:
 
 def test_what_branching_proves_is_above_zero_in_float32_too() -> None:
     """Bounds on the points that refute a row say that there is none, and not by how much it is above."""
-    net = mlp(5, 4, 10, 10, 3)
-    rng = generator(5, "box")
-    x, rows = torch.randn(4, 4, generator=rng), torch.randn(4, 2, 3, generator=rng)
-    box = Box(x - 0.8, x + 0.8)
+    net, box, rows, rng = deeper()
     with torch.no_grad():
         points = box.low + torch.rand(4000, 1, 4, generator=rng) * (box.high - box.low)
         least = torch.einsum("brk,nbk->nbr", rows, net(points)).amin(0) - 0.2

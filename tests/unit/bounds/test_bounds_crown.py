@@ -15,6 +15,7 @@ from stages.bounds.ibp import IBP
 from stages.method import InputError
 from stages.seeding import generator
 from stages.threat import Threat
+from tests.networks import Single
 
 REAL = [CrownIBP(arithmetic="real"), Crown(arithmetic="real")]
 SQUARE = [[1.0, 1.0], [1.0, -1.0]]
@@ -145,15 +146,6 @@ def test_a_ball_cut_with_its_box_is_bounded_tighter_than_either(norm: str) -> No
         assert bounds[0] == pytest.approx(reached, abs=2e-2)
 
 
-class Single(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x).flatten(1)
-
-
 CASES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu6": lambda x: F.relu6(3 * x),
@@ -212,7 +204,7 @@ AFFINE = {
 @pytest.mark.parametrize("name", CASES)
 def test_every_operation_is_bounded_soundly_and_affine_ones_exactly(name: str) -> None:
     rng = generator(5, name)
-    net = Single(CASES[name]).eval()
+    net = Single(lambda x: CASES[name](x).flatten(1)).eval()
     low = torch.randn(3, 2, 5, 5, generator=rng, dtype=torch.float64)
     high = low + 1.5 * torch.rand(low.shape, generator=rng, dtype=torch.float64)
     width = net(low).shape[1]

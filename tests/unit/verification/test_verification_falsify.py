@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.seeding import generator
 from stages.verification._straight import Straight
@@ -13,17 +13,9 @@ from stages.verification.cases import Array, Cases
 from stages.verification.clock import Clock
 from stages.verification.falsify import Hunt
 from stages.verification.vnnlib import parse
+from tests.networks import Single
 
 N = 6
-
-
-class Hidden(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x).unsqueeze(1)
 
 
 def _far_from(x: Tensor) -> Tensor:
@@ -39,7 +31,7 @@ def _wave(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("function", [_far_from, _wave])
 def test_rare_points_are_found(function: Callable[[Tensor], Tensor]) -> None:
     text = "".join(f"(declare-const X_{i} Real)(assert (and (>= X_{i} -1) (<= X_{i} 1)))" for i in range(N))
-    net = Hidden(function)
+    net = Single(lambda x: function(x).unsqueeze(1))
     cases = Cases.of(parse(f"{text}(declare-const Y_0 Real)(assert (<= Y_0 0))"), 1)
 
     def check(x: Array) -> bool:
