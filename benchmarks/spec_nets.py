@@ -110,7 +110,7 @@ def acas_xu(seed: int) -> Net:
     """[1,1,1,5], Sub of the mean, Flatten, six times MatMul, Add, Relu; trained on costs of a made-up encounter."""
     g = Graph([1, 1, 1, 5], seed, 8, listed=True)
     x = g("Flatten", g("Sub", "input", np.zeros((1, 1, 1, 5))), axis=1)
-    layers = trained([5, *[50] * 6, 5], nn.ReLU, _encounter, seed, 1500)
+    layers = trained([5, *[50] * 6, 5], nn.ReLU, encounter, seed, 1500)
     return g.net(g.stored(x, layers, "Relu"), np.zeros(5), 0.15)
 
 
@@ -134,8 +134,13 @@ def eran_sigmoid(seed: int, images: Callable[..., Any]) -> Net:
     return g.net(g.stored(g("Reshape", x, np.array([-1, 784])), layers, "Sigmoid"), image, 0.02)
 
 
-def trained(sizes: Sequence[int], act: type[nn.Module], draw: Any, seed: int, steps: int) -> list[tuple[Array, Array]]:
-    """Weights [in, out] and biases after some steps of Adam on `draw(rng)` -> inputs, labels or values."""
+def trained(
+    sizes: Sequence[int], act: type[nn.Module], draw: Any, seed: int, steps: int, settles: bool = False
+) -> list[tuple[Array, Array]]:
+    """Weights [in, out] and biases after some steps of Adam on `draw(rng)` -> inputs, labels or values.
+
+    With `settles` the steps' size falls to nothing, and the network is as good as it gets in so many.
+    """
     rng = generator(seed, "spec nets")
     layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
     for layer in layers:
@@ -143,8 +148,10 @@ def trained(sizes: Sequence[int], act: type[nn.Module], draw: Any, seed: int, st
         nn.init.zeros_(layer.bias)
     net = nn.Sequential(*(part for layer in layers for part in (layer, act())))[:-1]
     optimiser = torch.optim.Adam(net.parameters(), 2e-3)
-    for _ in range(steps):
+    for step in range(steps):
         x, y = draw(rng)
+        for group in optimiser.param_groups if settles else ():
+            group["lr"] = 2e-3 * (1 - step / steps)
         loss = F.cross_entropy(net(x), y) if y.dim() == 1 else F.mse_loss(net(x), y)
         optimiser.zero_grad()
         loss.backward()
@@ -152,7 +159,7 @@ def trained(sizes: Sequence[int], act: type[nn.Module], draw: Any, seed: int, st
     return [(layer.weight.detach().numpy().T.copy(), layer.bias.detach().numpy()) for layer in layers]
 
 
-def _encounter(rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def encounter(rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Five costs of an encounter of two aircraft: one for each turn that the own one may take."""
     x = torch.rand(256, 5, generator=rng) - 0.5
     far, side, turn, own, other = x.unbind(1)
