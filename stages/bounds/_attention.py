@@ -106,7 +106,7 @@ def front(chain: "Chain", op: Op) -> "Pull":
     below, above = slopes
     at = dim + 1 if dim >= 0 else dim
 
-    def pull(rows: Tensor, lower: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+    def pull(chain: "Chain", rows: Tensor, lower: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         del lower
         here = rows.movedim(at, -1).unsqueeze(-2)
         part = (here.clamp(min=0) @ below + here.clamp(max=0) @ above).squeeze(-2).movedim(-1, at)

@@ -30,7 +30,8 @@ _DIAGONAL = frozenset(
     {"_native_batch_norm_legit_no_training", "getitem", "mul", "div", "add", "sub", "neg", "view", "_unsafe_view"}
     | {"reshape", "permute", "squeeze", "unsqueeze", "clone", "alias", "detach", "_to_copy", "slice", "select", "flip"}
 )
-Pull = Callable[[Tensor, Tensor | None], tuple[_linear.Pulled, Tensor]]
+# A chain is given, not kept: with one in its own front it would stay in memory until the collector comes.
+Pull = Callable[["Chain", Tensor, Tensor | None], tuple[_linear.Pulled, Tensor]]
 
 
 class Chain:
@@ -139,7 +140,7 @@ class Chain:
             if op.result in self.fronts:
                 if watch is not None:
                     watch[op.result] = here[0] if isinstance(here, dict) else here
-                pulled, bias = self.fronts[op.result](here, None if lower is None else lower.get(op.result))
+                pulled, bias = self.fronts[op.result](self, here, None if lower is None else lower.get(op.result))
                 total = total + bias
                 if push is not None and op.result in push:
                     total = total + self._pushed(op.reads()[0], pulled, push[op.result])

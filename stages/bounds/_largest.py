@@ -123,7 +123,7 @@ def front(chain: "Chain", op: Op) -> "Pull":
     size = offset.gather(1, floor_at).abs() + slack.gather(1, floor_at)
     floor, gap = (part.reshape(out) for part in chain.ends_of_lines(lower, upper, size))
 
-    def pull(slopes: Any, lower_slopes: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+    def pull(chain: "Chain", slopes: Any, lower_slopes: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         del lower_slopes
         here = sign * (slopes[0] if isinstance(slopes, dict) else slopes)
         flat = here.reshape(len(here), *level.shape)

@@ -24,14 +24,13 @@ class Lined:
     the intercept of a free slope of 1 below a ReLU, whose line goes through 0.
     """
 
-    chain: "Chain"
     result: str
     slopes: Mapping[str, tuple[Tensor, Tensor]]
     floor: Tensor
     gap: Tensor
     shift: Tensor | None
 
-    def __call__(self, slopes: Tensor, lower: Tensor | None) -> tuple[_linear.Pulled, Tensor]:
+    def __call__(self, chain: "Chain", slopes: Tensor, lower: Tensor | None) -> tuple[_linear.Pulled, Tensor]:
         negative = slopes.clamp(max=0)
         base, extra = self.floor, self.gap
         found = {}
@@ -43,8 +42,8 @@ class Lined:
                 change = (down - fixed) * self.shift
                 base, extra = base + change, extra - change
             part = slopes * down if down is up else torch.addcmul(slopes * down, negative, up - down)
-            found[name] = _linear.sum_to(part, self.chain.values[name].low.shape)
-        return found, self.chain.sums(self.result, (slopes, base), (negative, extra))
+            found[name] = _linear.sum_to(part, chain.values[name].low.shape)
+        return found, chain.sums(self.result, (slopes, base), (negative, extra))
 
 
 def blocked(rows: Tensor) -> Tensor:
@@ -71,7 +70,7 @@ def elementwise(chain: "Chain", op: Op, lines: _relax.Lines) -> Lined:
         if op.kind == "relu":  # by what a free slope may move an end
             free, shift = offset.abs() + slack, (offset - slack).to(chain.kind)
     floor, gap = chain.ends_of_lines(low, high, size, free)
-    return Lined(chain, op.result, lines.slopes, floor, gap, shift)
+    return Lined(op.result, lines.slopes, floor, gap, shift)
 
 
 def relu(chain: "Chain", op: Op, lines: _relax.Lines) -> Lined:
@@ -88,4 +87,4 @@ def relu(chain: "Chain", op: Op, lines: _relax.Lines) -> Lined:
     fans = 4 * chain.own * (chain.readers(op.result) + 1)
     floor = torch.sub(down * shift, above, alpha=fans)
     ceiling = torch.add(up * over, lines.high, alpha=1 + 2.1 * chain.dots + 16 * chain.own)
-    return Lined(chain, op.result, lines.slopes, floor, torch.add(ceiling - floor, above, alpha=2 * fans), shift)
+    return Lined(op.result, lines.slopes, floor, torch.add(ceiling - floor, above, alpha=2 * fans), shift)

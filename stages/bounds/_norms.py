@@ -198,7 +198,7 @@ def front(chain: "Chain", op: Op) -> "Pull":
     floor, gap = chain.ends_of_lines(ends[0], ends[1], torch.zeros_like(ends[0]))
     (along_low, across_low), (along_high, across_high) = slopes
 
-    def pull(rows: Any, lower: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+    def pull(chain: "Chain", rows: Any, lower: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         del lower
         here = rows[0]
         rises = here > 0

@@ -21,7 +21,7 @@ def matrices(chain: Chain, op: Op) -> Pull:
     left, right = ma.to(chain.kind), mb.to(chain.kind)
     shapes = args[0].low.shape, args[1].low.shape
 
-    def pull(slopes: Tensor, lower: Tensor | None) -> tuple[_linear.Pulled, Tensor]:
+    def pull(chain: Chain, slopes: Tensor, lower: Tensor | None) -> tuple[_linear.Pulled, Tensor]:
         del lower
         bias = chain.dot(op.result, slopes, floor) + chain.dot(op.result, slopes.clamp(max=0), gap)
         parts = (

@@ -78,7 +78,7 @@ def test_what_a_free_slope_adds_to_a_sum_is_covered_too() -> None:
         chain = Chain(net, Box(torch.zeros(1, 1), torch.full((1, 1), 0.75)), 0.0, False)
         _sweep.follow(chain)
         ones = torch.ones(1, 1, 200)
-        _, bias = chain.fronts[chain.graph.output](ones, ones)
+        _, bias = chain.fronts[chain.graph.output](chain, ones, ones)
     # CROWN's slope is 0 here, and a free one of 1 adds 200 offsets of -1.
     assert float(bias) <= -200 * (1 + 2 * chain.dots)
 

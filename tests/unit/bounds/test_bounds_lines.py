@@ -1,7 +1,9 @@
 """Linear bounds of one operation at a time: below it at every point of the box, and close to it in small boxes."""
 
+import gc
 from collections.abc import Callable
 from functools import cache
+from weakref import ref
 
 import pytest
 import torch
@@ -171,6 +173,19 @@ def written_over(x: Tensor) -> Tensor:
     found[:, 0] = x[:, 1]
     found[:, 1, :2] = 3.0
     return found
+
+
+def test_what_a_chain_holds_is_freed_with_it() -> None:
+    gc.disable()  # which would free it some time later, with all the memory that it holds
+    try:
+        for name in SMOOTH | ROUGH:
+            chain = Chain(single(name), boxes(generator(0, name))[1], 0.0, True)
+            _sweep.follow(chain)
+            kept = ref(chain)
+            del chain
+            assert kept() is None, name
+    finally:
+        gc.enable()
 
 
 MOVED: dict[str, Callable[[Tensor], Tensor]] = {
