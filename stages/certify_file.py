@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor
 
@@ -13,8 +14,8 @@ from pipeline.core.record import Outcomes
 from stages.bounds.base import Certifier
 from stages.bounds.branch_and_bound import BranchAndBound
 from stages.data.base import Split
+from stages.engine_kernels import otherwise
 from stages.evaluate import OnStep, outputs
-from stages.layer_norm_kernel import loses_variance, normalises
 from stages.measure import accuracy
 from stages.method import kinds
 from stages.nn.imported import Twin
@@ -75,11 +76,10 @@ def certify_file(
         for name in asked
         if name not in able
     ]
-    if able and normalises(network) and loses_variance():
+    strange = otherwise(onnx.load_model_from_string(network))
+    if strange is not None:
         able = {}
-        notes.append(
-            f"{file}: nothing is proved, as this onnxruntime's layer normalisation loses the variance; update it"
-        )
+        notes.append(f"{file}: nothing is proved, as {strange}")
     found = prove(twin, x, y, answers.shape[1], threat, able, lambda _: on_step, seconds)
     notes += [finding.text for finding in found.findings if finding.ok]
     failed = [f"{file}: {finding.text}" for finding in found.findings if not finding.ok]

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 from torch import Tensor
 
 from stages.adapter import FLOATS, Adapter, Behind, FileLogits, Form, Layout
+from stages.engine_kernels import otherwise
 from stages.method import InputError
 from stages.nn.imported import LOGITS, imported
 from stages.oracle import Logits
@@ -35,7 +37,8 @@ class Subject:
     """The file, its twin and what is known of both.
 
     `why` is the reason where there is no twin; `gap` the largest difference between the logits of twin and file (after
-    a softmax: between their logarithms) on the inputs that were compared, of which `text` tells.
+    a softmax: between their logarithms) on the inputs that were compared, of which `text` tells; `strange` what
+    onnxruntime computes that the file's nodes do not say, so that bounds on the twin prove nothing of the file.
     """
 
     path: Path
@@ -47,6 +50,7 @@ class Subject:
     gap: float
     text: str
     notes: tuple[str, ...]
+    strange: str | None = None
 
     @property
     def through(self) -> Logits:
@@ -99,7 +103,7 @@ def opened(path: Path, x: Tensor, form: Form, threads: int) -> Subject:
         return replace(subject, why=str(error).removeprefix(f"{path}: "))
     if twin.twin.softmax:
         text += "; the file ends in a softmax, and gradients are taken before it"
-    return replace(subject, twin=twin, gap=gap, text=text)
+    return replace(subject, twin=twin, gap=gap, text=text, strange=otherwise(onnx.load(path)))
 
 
 def _fitted(

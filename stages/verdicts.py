@@ -186,6 +186,8 @@ def _proved(subject: Subject, scene: Scene, plan: Plan, on_step: Callable[[str],
     able = {name: certifier for name, certifier in certifiers.items() if certifier.covers_rounding or not rounds}
     if rounds:
         why = 'the file rounds on the way, and may land a code away from what was bounded; "quantised" covers that'
+    if subject.strange is not None:
+        able, why = {}, subject.strange
     found = Proved({}, {}, (), (REASONS[0],) * len(scene.x))  # uncovered
     if twin is not None:
         labelled = lambda name: on_step(f"certify {name}")  # noqa: E731

@@ -19,7 +19,7 @@ Rounding. A float32 execution that forms v as a mean of squares of x - mean x (t
 has c off by at most delta and v by at most dv, v >= 0, which multiplies v + eps by a factor between
 (max(v_l - dv, 0) + eps) / (max(v_l, dv) + eps) and its mirror image. Kernels that form v as mean x^2 - (mean x)^2 are
 not covered: the installed onnxruntime is asked which formula is its own before a file counts as proved
-(`stages.layer_norm_kernel`).
+(`stages.engine_kernels`).
 Bounds are computed in float64 throughout. Source: none that we follow; the parts are standard.
 """
 

@@ -25,9 +25,11 @@ class Quantised(Certifier):
     of a step more, for kernels that fold zero points into their sums; integer sums lose nothing, and a fused rescaling
     rounds no more often than the nodes it replaces.
 
-    Not covered: x86 without VNNI adds pairs of 8-bit products in 16 bits and saturates, which no rounding bounds.
-    Sessions that set `session.x64quantprecision`, as `targets/runtime/ort.py` does, and weights of 7 bits, the default
-    of `qdq_int8_cpu`, do not. Half precision has no rule. A graph without rounding is bounded like any other.
+    Not covered: graphs that onnxruntime rewrites to others before it runs them; nothing counts as proved of files that
+    hold one (`stages.engine_kernels`). x86 without VNNI adds pairs of 8-bit products in 16 bits and saturates, which no
+    rounding bounds. Sessions that set `session.x64quantprecision`, as `targets/runtime/ort.py` does, and weights of 7
+    bits, the default of `qdq_int8_cpu`, do not. Half precision has no rule. A graph without rounding is bounded like
+    any other.
 
     Source: none that we follow; interval arithmetic on quantised networks is folklore.
     """
