@@ -85,13 +85,15 @@ def right(splits: Splits, answers: Callable[[Array], Array], count: int) -> Iter
     return ((int(i), x[i], int(y[i])) for i in found)
 
 
-def robust(name: str, image: Array, label: int, classes: int, eps: float, scale: Array | float = 1.0) -> Question:
+def robust(
+    name: str, image: Array, label: int, classes: int, eps: float, scale: Array | float = 1.0, mean: Array | float = 0.0
+) -> Question:
     """Can any other class reach the label's output within eps, clipped to [0, 1]?
 
-    The network is fed pixels times `scale`, [n] or one.
+    The network is fed (pixels - `mean`) times `scale`, each [n] or one number.
     """
     flat = np.asarray(image, np.float64).reshape(-1)
-    low, high = ((np.clip(flat + side, 0, 1) * scale).astype(np.float32) for side in (-eps, eps))
+    low, high = (((np.clip(flat + side, 0, 1) - mean) * scale).astype(np.float32) for side in (-eps, eps))
     rows = -np.delete(np.eye(classes), label, 0)
     rows[:, label] = 1.0
     return Question(name, low, high, rows, np.zeros(classes - 1))
