@@ -31,7 +31,7 @@ _MONOTONE = frozenset(
     {"relu", "hardtanh", "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "amax", "amin", "sign"}
     | {"max_pool2d_with_indices", "adaptive_max_pool2d"}
 )
-_SMOOTH = frozenset({"sigmoid", "tanh", "exp", "erf", "hardsigmoid", "elu", "leaky_relu"})
+_SMOOTH = frozenset({"sigmoid", "tanh", "atan", "asinh", "exp", "erf", "hardsigmoid", "elu", "leaky_relu"})
 _ALLOWED_COPIES = (None, torch.float32, torch.float64)
 
 

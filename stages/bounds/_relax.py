@@ -275,8 +275,8 @@ def _power(exponent: float) -> Curve:
     return Curve(lambda x: abs(n * (n - 1)) * (x.size() if whole else x.low).double().abs() ** (n - 2))
 
 
-# Bounds of |f''|: sigmoid 1/(6 sqrt 3), tanh 4/(3 sqrt 3), erf 4/sqrt(2 pi e), silu 1/2 at 0, gelu 2 phi(0) = 0.798
-# at 0 (0.802 in its tanh form). Hard swish is piecewise x^2/6. All rounded up.
+# Bounds of |f''|: sigmoid 1/(6 sqrt 3), tanh 4/(3 sqrt 3), atan 3 sqrt(3)/8, asinh 2/(3 sqrt 3), erf 4/sqrt(2 pi e),
+# silu 1/2 at 0, gelu 2 phi(0) = 0.798 at 0 (0.802 in its tanh form). Hard swish is piecewise x^2/6. All rounded up.
 _CURVES = {
     "leaky_relu": Curve(0.0, (0.0,)),
     "abs": Curve(0.0, (0.0,)),
@@ -284,6 +284,8 @@ _CURVES = {
     "hardswish": Curve(0.334, (-3.0, 3.0)),
     "sigmoid": Curve(0.0963),
     "tanh": Curve(0.77),
+    "atan": Curve(0.66),
+    "asinh": Curve(0.39),
     "erf": Curve(0.97),
     "silu": Curve(0.501),
     "sin": Curve(1.0),

@@ -46,6 +46,8 @@ OPERATORS: dict[str, Operator] = {
     "Abs": _plain(torch.abs),
     "Add": _plain(torch.add),
     "And": _plain(torch.logical_and),
+    "Asinh": _plain(torch.asinh),
+    "Atan": _plain(torch.atan),
     "AveragePool": windows.average_pool,
     "BatchNormalization": values.batch_norm,
     "Cast": shapes.cast,

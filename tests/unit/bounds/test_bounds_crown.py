@@ -155,6 +155,8 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": F.softplus,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
+    "atan": torch.atan,
+    "asinh": torch.asinh,
     "exp": torch.exp,
     "erf": torch.erf,
     "hardsigmoid": lambda x: F.hardsigmoid(2 * x),

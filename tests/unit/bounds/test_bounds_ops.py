@@ -34,6 +34,8 @@ ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus, low threshold": lambda x: F.softplus(x, beta=2.0, threshold=1.0),
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
+    "atan": torch.atan,
+    "asinh": torch.asinh,
     "exp": torch.exp,
     "hardsigmoid": F.hardsigmoid,
     "silu": F.silu,
