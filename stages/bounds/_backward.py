@@ -64,6 +64,7 @@ class Chain:
         # Linear results whose slack covers what a ReLU's line makes of it, too (`_lined.relu`).
         self.paid: set[str] = set()
         self.mosts: dict[str, Tensor] = {}
+        self._insides: dict[str, tuple[Tensor, Tensor]] = {}
         self._counts: set[str] = set()
         self._linear: dict[str, bool] = {}
         self.reads: dict[str, int] = {}
@@ -112,6 +113,7 @@ class Chain:
         sane = low <= high
         self.empty |= self.flat(name, low > high).any(1)  # a NaN says nothing
         self.values[name] = Interval(torch.where(sane, low, old.low), torch.where(sane, high, old.high))
+        self._insides.pop(name, None)
 
     def bound(
         self,
@@ -125,40 +127,57 @@ class Chain:
         """[R, B] float64: lower bounds of slopes [R, *shape of the value] times the value, summed per example.
 
         `lower` gives slopes in [0, 1] for the lower lines of ReLUs, by result, [1 or R, ...]; `push` gives what to add
-        to the coefficients of a value on the way (multipliers of constraints on it). With `boxes` the last non-linear
-        operations on the way are bounded by their boxes, which makes it interval arithmetic with a merged tail. `watch`
-        is filled with the coefficients of the results of non-linear operations and of the image.
+        to the coefficients of a value on the way (multipliers of constraints on it). With `boxes` they are the larger
+        ones of these and of interval arithmetic with a merged tail: the last non-linear operations on the way by their
+        boxes. `watch` is filled with the coefficients of the results of non-linear operations and of the image.
         """
         total = self.start(name, slopes) - self.faint
         waiting: dict[str, Any] = {name: slopes}
+        least = None
         for op in reversed(self.done):
-            if boxes and op.result in self.fronts:
-                continue
             here = waiting.pop(op.result, None)
             if here is None:
                 continue
             if op.result in self.fronts:
+                if boxes and least is None:
+                    least = self._boxed(total, {**waiting, op.result: here})
                 if watch is not None:
                     watch[op.result] = here[0] if isinstance(here, dict) else here
                 pulled, bias = self.fronts[op.result](self, here, None if lower is None else lower.get(op.result))
                 total = total + bias
                 if push is not None and op.result in push:
                     total = total + self._pushed(op.reads()[0], pulled, push[op.result])
-            elif op.kind == "getitem":
-                source = waiting.setdefault(op.reads()[0], {})
-                source[op.args[1]] = source[op.args[1]] + here if op.args[1] in source else here
-                continue
+                _add(waiting, pulled)
             else:
-                pulled = _linear.pull(op, self.values, here)
-            for operand, part in pulled.items():
-                waiting[operand] = waiting[operand] + part if operand in waiting else part
-        if self.graph.input in waiting:
-            here = waiting.pop(self.graph.input)
-            if watch is not None:
-                watch[self.graph.input] = here
-            total = total + self.ends.least(here, self.input_loss())
-        for operand, here in waiting.items():
-            total = total + self._inside(operand, here[0] if isinstance(here, dict) else here)
+                self._pull(op, here, waiting)
+        if watch is not None and self.graph.input in waiting:
+            watch[self.graph.input] = waiting[self.graph.input]
+        total = self._closed(total, waiting)
+        return total if least is None else torch.maximum(total, least)
+
+    def _pull(self, op: Op, here: Any, waiting: dict[str, Any]) -> None:
+        """Moves the coefficients of a linear operation's result to what it reads."""
+        if op.kind == "getitem":
+            source = waiting.setdefault(op.reads()[0], {})
+            source[op.args[1]] = source[op.args[1]] + here if op.args[1] in source else here
+        else:
+            _add(waiting, _linear.pull(op, self.values, here))
+
+    def _boxed(self, total: Tensor, waiting: dict[str, Any]) -> Tensor:
+        """The bound with all that comes before by its box; `waiting` stays as it is."""
+        waiting = {name: dict(here) if isinstance(here, dict) else here for name, here in waiting.items()}
+        for op in reversed(self.done):
+            if op.result in waiting and op.result not in self.fronts:
+                self._pull(op, waiting.pop(op.result), waiting)
+        return self._closed(total, waiting)
+
+    def _closed(self, total: Tensor, waiting: dict[str, Any]) -> Tensor:
+        """Adds what is least of the rest, over the image's set and over the boxes of values."""
+        for name, here in waiting.items():
+            if name == self.graph.input:
+                total = total + self.ends.least(here, self.input_loss())
+            else:
+                total = total + self._inside(name, here[0] if isinstance(here, dict) else here)
         return total
 
     def input_loss(self) -> float:
@@ -172,11 +191,14 @@ class Chain:
         return self.start(name, more) - 4 * self.own * self.dot(name, pulled[name].abs(), self.values[name].size())
 
     def _inside(self, name: str, slopes: Tensor) -> Tensor:
-        box = self.values[name][0] if isinstance(self.values[name], tuple) else self.values[name]
-        middle, radius = _relax.middle(box, self.kind)
-        size = (middle.abs() + radius).to(self.kind)
-        wide = outward(radius, self.kind, torch.inf) + (4 * self.dots + 4 * self.own * self.readers(name)) * size
-        return self.dot(name, slopes, middle.to(self.kind)) - self.dot(name, slopes.abs(), wide)
+        if name not in self._insides:
+            box = self.values[name][0] if isinstance(self.values[name], tuple) else self.values[name]
+            middle, radius = _relax.middle(box, self.kind)
+            size = (middle.abs() + radius).to(self.kind)
+            loss = 4 * self.dots + 4 * self.own * self.readers(name)
+            self._insides[name] = middle.to(self.kind), -outward(radius, self.kind, torch.inf) - loss * size
+        middle, wide = self._insides[name]
+        return self.sums(name, (slopes, middle), (slopes.abs(), wide))
 
     def flat(self, name: str, value: Tensor) -> Tensor:
         """[..., B, n] from [..., *shape]: the entries of every example, in order."""
@@ -350,6 +372,11 @@ class Chain:
         """No less than what a value and its offset are made of, float64."""
         size: Tensor = self.values[name].size().double()
         return size + self._offset(name).double().abs()
+
+
+def _add(waiting: dict[str, Any], parts: _linear.Pulled) -> None:
+    for name, part in parts.items():
+        waiting[name] = waiting[name] + part if name in waiting else part
 
 
 def _none(value: Any) -> Any:

@@ -27,8 +27,8 @@ class Ends:
         self.inside = Interval(*(_layout.last(end, last) for end in ends))
         self._own = SINGLE if kind == torch.float32 else DOUBLE
         self._middle = _layout.last(((low + high) / 2).to(kind), last)
-        self._radius = torch.maximum(high - self._middle, self._middle - low)
-        self._largest = torch.maximum(low.abs(), high.abs())
+        self._radius = _layout.last(torch.maximum(high - self._middle, self._middle - low), last)
+        self._largest = _layout.last(torch.maximum(low.abs(), high.abs()), last)
         self._parts: dict[float, tuple[Tensor, Tensor]] = {}
         self.ball = box.ball
         if box.ball is not None:

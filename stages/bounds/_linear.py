@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from stages.bounds import _layout, _ops
+from stages.bounds import _layout, _ops, _phases
 from stages.bounds._interval import Interval
 from stages.bounds._trace import Op, fill
 
@@ -76,11 +75,9 @@ def _moved(op: Op, values: dict[str, Any]) -> list[str]:
 def _convolution(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
     x, weight, _, stride, padding, dilation, transposed, _, groups = args
     flat, sizes = slopes.flatten(0, 1), x.low.shape[2:]
-    if not transposed and groups == 1 and narrow(weight, stride, dilation):
-        # W^T a, then overlapping patches are added up: quicker than a transposed convolution to so few channels.
-        patches = weight.flatten(1).T @ flat.flatten(2)
-        back = F.fold(patches, sizes, weight.shape[2:], padding=padding, stride=stride)
-        return {op.args[0].name: _layout.alike(back.view(*slopes.shape[:2], *back.shape[1:]), x.low)}
+    if not transposed and groups == 1 and (narrow(weight, stride, dilation) or _skips(weight, stride, padding)):
+        back = _phases.transposed(flat, weight, each(stride, 2), each(padding, 2), list(sizes))
+        return {op.args[0].name: back.view(*slopes.shape[:2], *back.shape[1:])}
     if transposed:
         back = torch.ops.aten.convolution(flat, weight, None, stride, padding, dilation, False, [0], groups)
     else:
@@ -105,6 +102,11 @@ def narrow(weight: Tensor, stride: list[int], dilation: list[int]) -> bool:
         and weight[0].numel() <= len(weight) * math.prod(each(stride, 2))
         and math.prod(dilation) == 1
     )
+
+
+def _skips(weight: Tensor, stride: list[int], padding: list[int]) -> bool:
+    """Whether a convolution reads single pixels and steps over others."""
+    return weight.dim() == 4 and weight[0, 0].numel() == 1 < math.prod(each(stride, 2)) and not any(padding)
 
 
 def _folded(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:

@@ -41,7 +41,7 @@ class Lined:
                 down = torch.where(fixed != up, lower, fixed)
                 change = (down - fixed) * self.shift
                 base, extra = base + change, extra - change
-            part = slopes * down if down is up else torch.addcmul(slopes * down, negative, up - down)
+            part = slopes * down if down is up else (slopes * down).addcmul_(negative, up - down)
             found[name] = _linear.sum_to(part, chain.values[name].low.shape)
         return found, chain.sums(self.result, (slopes, base), (negative, extra))
 

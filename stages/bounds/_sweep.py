@@ -98,8 +98,8 @@ def logits(
         raise InputError(f"rows: expected [B, R, K] for logits {tuple(shape)}, got {tuple(rows.shape)}")
     found = []
     for some in torch.split(rows.to(chain.kind).transpose(0, 1), block(chain, memory, copies)):
-        plain = chain.bound(chain.graph.output, some, boxes=True)
-        found.append(torch.maximum(plain, bound(chain, chain.graph.output, some)))
+        least = chain.bound(chain.graph.output, some, boxes=True)
+        found.append(least if bound is plain else torch.maximum(least, bound(chain, chain.graph.output, some)))
     bounds = torch.cat(found).T
     if not bool(torch.isfinite(bounds).all()):
         raise InputError("bounds: not finite; are the weights, or does the box reach too far?")
