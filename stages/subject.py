@@ -28,6 +28,8 @@ _REAL, _RANDOM = 32, 16
 _SAME = 1e-3
 # Probabilities below it have lost digits, and say nothing precise of the logits that they came from.
 _CLEAR = 1e-30
+# Logits less apart than this may have the same probability in float32.
+_TIED = 2.0**-21
 # Where values are rounded on the way single codes differ: the mean difference, as a share of the logits' spread.
 _ROUNDED, _TOP1 = 0.02, 0.9
 
@@ -200,7 +202,8 @@ def _agree(twin: Behind, probes: Tensor, expected: Tensor) -> tuple[float, str]:
         if not twin.twin.softmax:
             return float(gaps.max()), text
         clear = expected > _CLEAR
-        return float((logits.log_softmax(1)[clear] - expected[clear].log()).abs().max()), text
+        gap = float((logits.log_softmax(1)[clear] - expected[clear].log()).abs().max())
+        return max(gap, _TIED), text
     spread = max(float(expected.max() - expected.min()), 1e-12)
     mean, same = float(gaps.mean()), float((found.argmax(1) == expected.argmax(1))[:real].float().mean())
     text = (

@@ -34,6 +34,7 @@ FORMS: dict[str, tuple[tuple[Any, ...], tuple[Node, ...], tuple[str, ...]]] = {
 ENDS: dict[str, tuple[Node, ...]] = {
     "logits": (),
     "softmax": (("Softmax", [], {"axis": 1}),),
+    "log_softmax": (("LogSoftmax", [], {"axis": 1}),),
     "nan": (("Log", [], {}),),
     "foreign": (("Shrink", [], {"lambd": 0.0, "bias": 0.0}),),
     "floor": (("Floor", [], {}),),

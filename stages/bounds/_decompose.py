@@ -65,6 +65,12 @@ def _log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
     return -_aten.softplus.default(-x, 1, 80), x
 
 
+def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    del half_to_float
+    total: Tensor = _aten.logsumexp.default(x, [dim], True)
+    return x - total
+
+
 def _clamp(x: Tensor, *ends: Tensor | None, **named: Tensor | None) -> Tensor:
     """Between ends that may depend on the image: two operations of two values each."""
     low, high = (*ends, None, None)[:2]
@@ -80,6 +86,7 @@ RULES: Mapping[Any, Callable[..., Any]] = {
     _aten.native_group_norm.default: _group_norm,
     _aten._native_batch_norm_legit.no_stats: _instance_norm,
     _aten.log_sigmoid_forward.default: _log_sigmoid,
+    _aten._log_softmax.default: _log_softmax,
     _aten.clamp.Tensor: _clamp,
     _aten.clamp_min.Tensor: torch.maximum,
     _aten.clamp_max.Tensor: torch.minimum,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.bounds import _attention, _norms, _waves
+from stages.bounds import _attention, _logsumexp, _norms, _waves
 from stages.bounds._interval import FOLDED, TINY, Interval, Rounding, bounded, high_ends, low_ends
 from stages.bounds._trace import Op
 from stages.method import InputError
@@ -387,6 +387,7 @@ _RULES: dict[str, Callable[[Op, tuple[Any, ...], dict[str, Any], Rounding], Any]
     "_softmax": _attention.softmax,
     "_safe_softmax": _attention.softmax,
     "native_layer_norm": _norms.layer_norm,
+    "logsumexp": _logsumexp.interval,
     "silu": _dip(-1.278464542761),
     "hardswish": _dip(-1.5),
     "gelu": _dip(-0.751791524694, tanh=-0.752461422071),

@@ -31,6 +31,7 @@ _WHOLE = (
     _aten.softplus.default,
     _aten.adaptive_avg_pool2d.default,
     _aten._safe_softmax.default,
+    _aten.logsumexp.default,
 )
 _SHUT = (
     Tensor.numpy,

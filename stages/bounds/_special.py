@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from stages.bounds import _attention, _largest, _linear, _norms, _relax
+from stages.bounds import _attention, _largest, _linear, _logsumexp, _norms, _relax
 from stages.bounds._backward import SPECIAL, Chain, Pull
 from stages.bounds._interval import gamma
 from stages.bounds._trace import Op, fill
@@ -41,3 +41,4 @@ _LARGEST = ("max_pool2d_with_indices", "adaptive_max_pool2d", "amax", "amin")
 SPECIAL.update(dict.fromkeys(_LARGEST, _largest.front))
 SPECIAL.update({"mm": matrices, "bmm": matrices, "matmul": matrices})
 SPECIAL.update({"_softmax": _attention.front, "_safe_softmax": _attention.front, "native_layer_norm": _norms.front})
+SPECIAL["logsumexp"] = _logsumexp.front

@@ -124,6 +124,14 @@ def test_after_a_softmax_the_gap_is_that_of_logits(tmp_path: Path) -> None:
     assert "softmax" in given.text
 
 
+def test_after_a_log_softmax_as_much_is_proved(plain: Verdicts, tmp_path: Path) -> None:
+    found = judged(subject(tmp_path, end="log_softmax"), certify=True)
+    assert plain.certified is not None
+    assert found.certified is not None
+    assert torch.equal(found.certified, plain.certified)
+    assert torch.equal(found.robust, plain.robust)
+
+
 def test_an_int8_file_is_proved_by_what_covers_rounding_alone_and_values_are_its_own(tmp_path: Path) -> None:
     x, _ = shown()
     source = onnx.load(file(tmp_path / "float.onnx"))
