@@ -232,14 +232,14 @@ class _Search:
         some = replace(some, bound=bound, push=found.push, slopes=slopes)
         open_ = (bound <= goal) & ~self.broken[spots]
         self._retire(some[~open_])
-        again = open_ & self._worth(some, goal - bound)
-        if bool(again.any()):
-            space = Halfspace.of(chain, found.last, found.watch[chain.graph.input][0], goal)
+        watched = found.watch.get(chain.graph.input)  # None where a bound is a constant
+        again = open_ & self._worth(some, goal - bound) & (watched is not None)
+        if watched is not None and bool(again.any()):
+            space = Halfspace.of(chain, found.last, watched[0], goal)
             self._narrow(some[again], space.of_images(again))
         open_ &= ~again
         if bool(open_.any()):
             scores, points = self._scores(chain, found)
-            watched = found.watch.get(chain.graph.input)
             self._split(some[open_], scores[open_], points[open_], None if watched is None else watched[0][open_])
 
     def _worth(self, some: Domains, misses: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stages.bounds._decide import _Search, decide
 from stages.bounds.base import Ball, Box, Contradiction
@@ -12,6 +13,7 @@ from stages.bounds.branch_and_bound import BranchAndBound
 from stages.bounds.crown import Crown
 from stages.method import InputError
 from stages.seeding import generator
+from tests.networks import Single
 
 
 def mlp(seed: int, *widths: int) -> nn.Sequential:
@@ -184,6 +186,13 @@ def test_a_network_without_relus_has_nothing_to_split() -> None:
     box = Box(x - 0.5, x + 0.5)
     found, plain = (c.lower(net.eval(), box, rows) for c in (BranchAndBound(seconds=300, limit=4), Crown()))
     assert bool((found >= plain - 1e-5).all())
+
+
+def test_a_bound_that_no_pixel_moves_is_split_all_the_same() -> None:
+    """Behind a sign every bound is a constant: there is no half-space of pixels that could refute a row."""
+    net = Single(lambda x: F.relu(x.sign().sum(1, keepdim=True) + 0.3) * torch.tensor([1.0, -1.0])).eval()
+    found = decide(net, Box(-torch.ones(1, 2), torch.ones(1, 2)), torch.eye(2).unsqueeze(0), 60.0, -0.5, limit=6)
+    torch.testing.assert_close(found.lower, torch.tensor([[0.0, -2.3]], dtype=torch.float64), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("bend", [nn.Tanh(), nn.Sigmoid()], ids=str)
