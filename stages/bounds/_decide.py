@@ -10,16 +10,17 @@ depends on most: complete on ReLU networks.
 Where linear bounds are worst, the box's corner is tried as a counterexample.
 
 Boxes of pre-activations are found once per image and cut with the signs; interval arithmetic carries the cuts on. They
-are formed anew, of the points that refute the row alone (`_halfspace`), for every row at first and for domains that
-have come much nearer to a proof. Where nothing is left of a box the domain is empty. Slopes and multipliers start where
-the parent's ended. Departures from the paper: boxes formed anew; one score for splitting, no look-ahead; rounding as in
-`_backward`, so a margin below it stays open.
+are formed anew, of the points that refute the row alone, for every row at first and for domains that have come nearer
+to a proof: of values in maps by `_halfspace`, of others by `_joint`. Where nothing is left of a box the domain is
+empty. Slopes and multipliers start where the parent's ended. Departures from the paper: boxes formed anew; one score
+for splitting, no look-ahead; rounding as in `_backward`, so a margin below it stays open.
 """
 
 import heapq
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from stages.bounds._domains import Domains, Pool
 from stages.bounds._dual import Ascent, Known, ascend
 from stages.bounds._halfspace import Halfspace
 from stages.bounds._interval import UNITS
+from stages.bounds._joint import narrowed
 from stages.bounds._roots import Boxes, Roots, ends_of, followed, tightened
 from stages.bounds.base import Ball, Box, Contradiction
 from stages.method import InputError
@@ -38,7 +40,7 @@ Pause = Callable[[Tensor, Tensor, Tensor], Tensor]
 _RATE, _BOX_RATE = 0.3, 0.5
 _BENT = frozenset({"relu", "sigmoid", "tanh"})
 _ROOT = 0.3  # of the time goes to the boxes at most
-_NARROW_STEPS = 3
+_NARROW_STEPS, _JOINT_STEPS = 3, 8
 _SHRUNK, _AGAIN = 0.9, 0.6  # of what was missed: less than that, and boxes are formed anew, of the whole or of parts
 _MOST = 16  # of a batch
 _NARROWEST = 1e-3  # range of a curve's input that is worth splitting
@@ -115,6 +117,7 @@ class _Search:
         self.lower = _sweep.logits(chain, rows, memory)
         self.least = torch.full_like(self.goal, torch.inf).contiguous()  # of domains that are done with
         self.bends = tuple(op for op in chain.done if op.kind in _BENT)
+        self.flat = tuple(len(chain.shape(op.reads()[0])) == 2 for op in self.bends)
         self.widths = tuple(self.first[op.reads()[0]][0].shape[1] for op in self.bends)
         self.kind = chain.kind
         self.at_once = max(1, min(domains, _sweep.block(chain, memory / (4 * (1 + len(self.bends)))) * chain.batch))
@@ -162,7 +165,7 @@ class _Search:
     def result(self) -> Tensor:
         """The least bound of a row's leaves, proved, open or left, and never below the first one.
 
-        Bounds on the points that refute a row (`_halfspace`) say no more than that it is above its goal.
+        Bounds on the points that refute a row (`_narrow`) say no more than that it is above its goal.
         """
         self._retire(self.pool.take([entry[3] for entry in self.heap]))
         lower = torch.where(self.least.isfinite(), torch.maximum(self.least, self.lower), self.lower)
@@ -236,7 +239,8 @@ class _Search:
         again = open_ & self._worth(some, goal - bound) & (watched is not None)
         if watched is not None and bool(again.any()):
             space = Halfspace.of(chain, found.last, watched[0], goal)
-            self._narrow(some[again], space.of_images(again))
+            lower = {key: value[:, again] for key, value in found.lower.items()}
+            self._narrow(some[again], space.of_images(again), lower)
         open_ &= ~again
         if bool(open_.any()):
             scores, points = self._scores(chain, found)
@@ -249,18 +253,27 @@ class _Search:
         room = self.memory * 2**28 / max(1, self.roots.bytes()) - self.roots.count
         return worth & (worth.cumsum(0) <= min(room, _MOST)) if self.bends else torch.zeros_like(worth)
 
-    def _narrow(self, some: Domains, space: Halfspace) -> None:
+    def _narrow(self, some: Domains, space: Halfspace, lower: dict[str, Tensor]) -> None:
         """New boxes for the domains, of the points that refute their rows; they are bounded again."""
-        chain, now = self._chain(some), time.monotonic()
-        best = _slopes.optimised(_NARROW_STEPS, _BOX_RATE, space)
+        now, boxes = time.monotonic(), self._start(some, self._known(some))
         end = now + _ROOT * (self.end - now)
         room = self.memory / (4 * (1 + len(self.bends)))
-        boxes = tightened(chain, room, best, end, self._start(some, self._known(some)), sharp=False)
+        vectors = [op for op, flat in zip(self.bends, self.flat, strict=True) if flat]
+        empty = torch.zeros_like(some.image, dtype=torch.bool)
+        if len(vectors) < len(self.bends):
+            chain = self._chain(some)
+            best = _slopes.optimised(_NARROW_STEPS, _BOX_RATE, space)
+            boxes, empty = tightened(chain, room, best, end, boxes, sharp=False), chain.empty
+        if vectors:
+            row, goal = self.rows[some.image, some.row].to(self.kind), self.goal[some.image, some.row]
+            begin = partial(self._chain, some)
+            boxes, none = narrowed(begin, vectors, row, goal, lower, boxes, room, _JOINT_STEPS, end)
+            empty = empty | none
         missed = self.goal[some.image, some.row] - some.bound
-        bound = torch.where(chain.empty, torch.inf, some.bound)
+        bound = torch.where(empty, torch.inf, some.bound)
         some = replace(some, root=self.roots.add(boxes, len(some)), bound=bound, missed=missed)
-        self._retire(some[chain.empty])
-        self._push(some[~chain.empty])
+        self._retire(some[empty])
+        self._push(some[~empty])
 
     def _known(self, some: Domains) -> Known:
         return Known(self.bends, self.widths, some.at, some.side, some.point, some.push)
