@@ -126,30 +126,32 @@ class Chain:
     ) -> Tensor:
         """[R, B] float64: lower bounds of slopes [R, *shape of the value] times the value, summed per example.
 
-        `lower` gives slopes in [0, 1] for the lower lines of ReLUs, by result, [1 or R, ...]; `push` gives what to add
-        to the coefficients of a value on the way (multipliers of constraints on it). With `boxes` they are the larger
-        ones of these and of interval arithmetic with a merged tail: the last non-linear operations on the way by their
-        boxes. `watch` is filled with the coefficients of the results of non-linear operations and of the image.
+        `lower` gives slopes in [0, 1] for the lower lines of ReLUs, by result, [1 or R, ...]; `push` gives coefficients
+        of what operations read, by result, which are added on the way (multipliers of constraints on it). With `boxes`
+        they are the larger ones of these and of interval arithmetic with a merged tail: the last non-linear operations
+        on the way by their boxes. `watch` is filled with the coefficients of the results of non-linear operations and
+        of the image.
         """
         total = self.start(name, slopes) - self.faint
         waiting: dict[str, Any] = {name: slopes}
         least = None
         for op in reversed(self.done):
             here = waiting.pop(op.result, None)
+            pulled: _linear.Pulled = {}
             if here is None:
-                continue
-            if op.result in self.fronts:
+                pass
+            elif op.result in self.fronts:
                 if boxes and least is None:
                     least = self._boxed(total, {**waiting, op.result: here})
                 if watch is not None:
                     watch[op.result] = here[0] if isinstance(here, dict) else here
                 pulled, bias = self.fronts[op.result](self, here, None if lower is None else lower.get(op.result))
                 total = total + bias
-                if push is not None and op.result in push:
-                    total = total + self._pushed(op.reads()[0], pulled, push[op.result])
-                _add(waiting, pulled)
             else:
                 self._pull(op, here, waiting)
+            if push is not None and op.result in push:
+                total = total + self._pushed(op.reads()[0], pulled, push[op.result])
+            _add(waiting, pulled)
         if watch is not None and self.graph.input in waiting:
             watch[self.graph.input] = waiting[self.graph.input]
         total = self._closed(total, waiting)
@@ -186,8 +188,11 @@ class Chain:
 
     def _pushed(self, name: str, pulled: _linear.Pulled, more: Tensor) -> Tensor:
         """Adds `more` to the coefficients of a value; [R, B]: its offset and slack, less what the sum may lose."""
-        more = more.expand_as(pulled[name])
-        pulled[name] = pulled[name] + more
+        if name in pulled:
+            more = more.expand_as(pulled[name])
+            pulled[name] = pulled[name] + more
+        else:  # no coefficient came by
+            pulled[name] = more
         return self.start(name, more) - 4 * self.own * self.dot(name, pulled[name].abs(), self.values[name].size())
 
     def _inside(self, name: str, slopes: Tensor) -> Tensor:

@@ -102,9 +102,7 @@ def ascend(
             more = {key: chain.unflat(name, pushed[key]).unsqueeze(0) for key, name in names.items()}
             watch: dict[str, Tensor] = {}
             found = chain.bound(chain.graph.output, row.unsqueeze(0), lower=alphas, push=more, watch=watch)[0]
-            # A bend that nothing reads in this bound has taken no multiplier.
-            taken = torch.tensor([op.result in watch for op in known.bends] + [False], device=row.device)
-            moved = push.double() * known.side * known.point * taken[known.bend()]
+            moved = push.double() * known.side * known.point
             if repeated:
                 found = found - _lost(chain, known, push.detach(), pushed, names)
             found = found + moved.sum(1) - 64 * DOUBLE * len(moved[0]) * moved.detach().abs().sum(1)

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stages.bounds import _neurons, _slopes, _sweep
 from stages.bounds._backward import Chain
@@ -133,6 +134,32 @@ def test_joint_bounds_are_exact_where_no_relu_bends(seed: int) -> None:
     least = torch.cat([there.amin(0), -there.amax(0)])
     assert bool((found <= least).all())
     torch.testing.assert_close(found, least, rtol=0, atol=0.05)
+
+
+class Signed(nn.Module):
+    """Lines of sign are constants, so no coefficient of a row ever comes by the ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sign(self.first(x).relu() - 0.2) + F.pad(x, (0, 1))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_values_that_no_line_of_the_row_reads_are_bounded_all_the_same(seed: int) -> None:
+    net, rng = Signed().eval(), generator(seed, "signed")
+    with torch.no_grad():
+        chain, rim, row, goal = cut(net, rng)
+        [bend] = [op for op in chain.done if op.kind == "relu"]
+        units = torch.cat([torch.eye(3), -torch.eye(3)]).unsqueeze(1)
+        found = _best(chain, bend, units, row, goal, {}, 5)[:, 0]
+        there = net.first(rim).double()[net(rim).double() @ row[0].double() <= goal]
+        least = torch.cat([there.amin(0), -there.amax(0)])
+    assert bool((found <= least).all())
+    plain = torch.cat([chain.values[bend.reads()[0]].low, -chain.values[bend.reads()[0]].high], 1)[0]
+    assert bool((found >= plain - 1e-3).all())
 
 
 def cut(net: nn.Module, rng: torch.Generator) -> tuple[Chain, Tensor, Tensor, Tensor]:
