@@ -41,7 +41,8 @@ _RATE, _BOX_RATE = 0.3, 0.5
 _BENT = frozenset({"relu", "sigmoid", "tanh"})
 _ROOT = 0.3  # of the time goes to the boxes at most
 _NARROW_STEPS, _JOINT_STEPS = 3, 8
-_SHRUNK, _AGAIN = 0.9, 0.6  # of what was missed: less than that, and boxes are formed anew, of the whole or of parts
+# Of what was missed: less than that, and boxes are formed anew, of the whole or of parts; where there are no maps.
+_SHRUNK, _AGAIN, _VECTORS = 0.9, 0.6, 0.97
 _MOST = 16  # of a batch
 _NARROWEST = 1e-3  # range of a curve's input that is worth splitting
 
@@ -236,22 +237,26 @@ class _Search:
         open_ = (bound <= goal) & ~self.broken[spots]
         self._retire(some[~open_])
         watched = found.watch.get(chain.graph.input)  # None where a bound is a constant
-        again = open_ & self._worth(some, goal - bound) & (watched is not None)
+        again, later = self._worth(some, goal - bound, open_ & (watched is not None))
         if watched is not None and bool(again.any()):
             space = Halfspace.of(chain, found.last, watched[0], goal)
             lower = {key: value[:, again] for key, value in found.lower.items()}
             self._narrow(some[again], space.of_images(again), lower)
-        open_ &= ~again
+        self._push(some[later])
+        open_ &= ~again & ~later
         if bool(open_.any()):
             scores, points = self._scores(chain, found)
             self._split(some[open_], scores[open_], points[open_], None if watched is None else watched[0][open_])
 
-    def _worth(self, some: Domains, misses: Tensor) -> Tensor:
-        """Which domains to narrow: what they miss has shrunk since that was done last, and there is room."""
-        whole = (some.side != 0).sum(1) == 0
-        worth = misses < torch.where(whole, _SHRUNK, _AGAIN) * some.missed
+    def _worth(self, some: Domains, misses: Tensor, open_: Tensor) -> tuple[Tensor, Tensor]:
+        """Which domains to narrow now, and later: what they miss has shrunk since that was done last, and there is
+        room. Where there are maps it costs more and gives less: what cannot be now is split."""
+        whole, vectors = (some.side != 0).sum(1) == 0, all(self.flat)
+        share = torch.where(whole, _SHRUNK, _AGAIN).clamp(min=_VECTORS if vectors else 0.0)
+        worth = open_ & (misses < share * some.missed) & bool(self.bends)
         room = self.memory * 2**28 / max(1, self.roots.bytes()) - self.roots.count
-        return worth & (worth.cumsum(0) <= min(room, _MOST)) if self.bends else torch.zeros_like(worth)
+        now = worth & (worth.cumsum(0) <= min(room, _MOST))
+        return now, worth & ~now & vectors & (room > _MOST)
 
     def _narrow(self, some: Domains, space: Halfspace, lower: dict[str, Tensor]) -> None:
         """New boxes for the domains, of the points that refute their rows; they are bounded again."""

@@ -28,8 +28,8 @@ from stages.bounds._interval import DOUBLE, TINY, outward
 from stages.bounds._roots import Boxes, ends_of, followed
 from stages.bounds._trace import Op
 
-_POWERS = (1.0, -0.5, -2.0, -3.5)  # of e, times what makes the row and the value alike: gammas to begin with
-_RATE = 0.3
+_POWERS = (0.0, -2.0)  # of e, times what makes the row and the value alike: gammas to begin with
+_RATE = 0.5
 
 
 def narrowed(
