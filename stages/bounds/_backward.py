@@ -96,6 +96,8 @@ class Chain:
         entries = 8 * self.shape(op.result).numel() / self.batch * torch.finfo(self.kind).tiny
         for name in self.operands(op):
             self.faint = self.faint + entries * self.graph.entries[name] * _slack.most(self, name)
+        if op.kind == "relu":
+            self.mosts[op.result] = self.mosts[op.reads()[0]]
 
     def is_linear(self, op: Op) -> bool:
         if op.result not in self._linear:
@@ -263,6 +265,8 @@ class Chain:
             if op.result not in self.slack:
                 self.slack[op.result] = torch.zeros_like(self.values[op.result].low)
             self.slack[op.result] = self.fans(op, self.slack[op.result])
+            if source in self.paid:
+                self.paid.add(op.result)
             return
         names = self.operands(op)
         if op.kind in {"convolution", "addmm"} and not self.offset.keys() & set(names):

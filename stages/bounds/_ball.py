@@ -22,18 +22,15 @@ class Ends:
     """
 
     def __init__(self, box: Box, kind: torch.dtype, last: bool) -> None:
-        low, high = box.low.double(), box.high.double()
         ends = outward(box.low, kind, -torch.inf), outward(box.high, kind, torch.inf)
         self.inside = Interval(*(_layout.last(end, last) for end in ends))
         self._own = SINGLE if kind == torch.float32 else DOUBLE
-        self._middle = _layout.last(((low + high) / 2).to(kind), last)
-        self._radius = _layout.last(torch.maximum(high - self._middle, self._middle - low), last)
-        self._largest = _layout.last(torch.maximum(low.abs(), high.abs()), last)
+        self._middle, self._radius = self.inside.split()
         self._parts: dict[float, tuple[Tensor, Tensor]] = {}
         self.ball = box.ball
         if box.ball is not None:
-            self._low, self._high = low.flatten(1), high.flatten(1)
-            self._size = self._largest.flatten(1)
+            self._low, self._high = box.low.double().flatten(1), box.high.double().flatten(1)
+            self._size = torch.maximum(self._low.abs(), self._high.abs())
             # Points in the ball are given in float32: rounding may carry them that much out of it.
             order = 1.0 if box.ball.norm == "l1" else 2.0
             norms = torch.linalg.vector_norm(box.ball.centre.double().flatten(1), order, 1)
@@ -70,8 +67,9 @@ class Ends:
         """m and r' of the box."""
         if loss in self._parts:
             return self._parts[loss]
-        share = loss + 8 * self._own + 4 * gamma(self._middle[0].numel() + 32, DOUBLE)
-        self._parts[loss] = self._middle, outward(self._radius + share * self._largest, self._middle.dtype, torch.inf)
+        # Units of max |x|: four for a term, one for the radius, one for r' and seven for adding up eight terms.
+        share = loss + 16 * self._own + 4 * gamma(self._middle[0].numel() + 32, DOUBLE)
+        self._parts[loss] = self._middle, torch.add(self._radius, self.inside.size(), alpha=share)
         return self._parts[loss]
 
     def _l1(self, flat: Tensor, centre: Tensor) -> Tensor:
@@ -108,4 +106,7 @@ def _summed(terms: Tensor) -> Tensor:
     """[R, B] float64 from [R, B, ...]; the order of the entries does not matter."""
     if terms.dim() == 5:
         terms = terms.permute(0, 1, 3, 4, 2)
-    return terms.flatten(2).double().sum(-1)
+    flat = terms.flatten(2)
+    if flat.shape[-1] % 8 == 0:  # eighths first: there is less to make float64 of
+        flat = flat.view(*flat.shape[:2], 8, -1).sum(2)
+    return flat.double().sum(-1)

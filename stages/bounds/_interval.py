@@ -1,6 +1,6 @@
 """Intervals, and how much outward margin one operation needs so that rounding cannot break a bound."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,10 +20,20 @@ class Interval:
 
     low: Tensor
     high: Tensor
+    _size: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    @staticmethod
+    def above_zero(low: Tensor, high: Tensor) -> "Interval":
+        """0 <= low: the high end is the size."""
+        found = Interval(low, high)
+        found._size.append(high)
+        return found
 
     def size(self) -> Tensor:
         """The largest absolute value inside."""
-        return torch.maximum(self.high, -self.low)
+        if not self._size:  # every reader of a value asks for it
+            self._size.append(torch.maximum(self.high, -self.low))
+        return self._size[0]
 
     def split(self) -> tuple[Tensor, Tensor]:
         """Midpoint m and radius r, with [low, high] inside [m - r(1 + u), m + r(1 + u)], u the unit roundoff."""

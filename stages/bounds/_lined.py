@@ -21,7 +21,8 @@ class Lined:
     """Coefficients through lines: a positive one takes the line below, a negative one the line above.
 
     `slopes` below and above by operand, `floor` the intercept below and `gap` how much higher the one above is; `shift`
-    the intercept of a free slope of 1 below a ReLU, whose line goes through 0.
+    the intercept of a free slope of 1 below a ReLU, whose line goes through 0; `rises` the slopes above less
+    those below.
     """
 
     result: str
@@ -29,6 +30,7 @@ class Lined:
     floor: Tensor
     gap: Tensor
     shift: Tensor | None
+    rises: Mapping[str, Tensor]
 
     def __call__(self, chain: "Chain", slopes: Tensor, lower: Tensor | None) -> tuple[_linear.Pulled, Tensor]:
         negative = slopes.clamp(max=0)
@@ -41,9 +43,14 @@ class Lined:
                 down = torch.where(fixed != up, lower, fixed)
                 change = (down - fixed) * self.shift
                 base, extra = base + change, extra - change
-            part = slopes * down if down is up else (slopes * down).addcmul_(negative, up - down)
+            rise = self.rises[name] if down is fixed else up - down
+            part = slopes * down if down is up else (slopes * down).addcmul_(negative, rise)
             found[name] = _linear.sum_to(part, chain.values[name].low.shape)
         return found, chain.sums(self.result, (slopes, base), (negative, extra))
+
+
+def _rises(lines: _relax.Lines) -> dict[str, Tensor]:
+    return {name: up - down for name, (down, up) in lines.slopes.items()}
 
 
 def blocked(rows: Tensor) -> Tensor:
@@ -70,7 +77,7 @@ def elementwise(chain: "Chain", op: Op, lines: _relax.Lines) -> Lined:
         if op.kind == "relu":  # by what a free slope may move an end
             free, shift = offset.abs() + slack, (offset - slack).to(chain.kind)
     floor, gap = chain.ends_of_lines(low, high, size, free)
-    return Lined(op.result, lines.slopes, floor, gap, shift)
+    return Lined(op.result, lines.slopes, floor, gap, shift, _rises(lines))
 
 
 def relu(chain: "Chain", op: Op, lines: _relax.Lines) -> Lined:
@@ -85,6 +92,7 @@ def relu(chain: "Chain", op: Op, lines: _relax.Lines) -> Lined:
     shift = -slack if offset is None else offset - slack
     over = slack if offset is None else offset + slack
     fans = 4 * chain.own * (chain.readers(op.result) + 1)
-    floor = torch.sub(down * shift, above, alpha=fans)
-    ceiling = torch.add(up * over, lines.high, alpha=1 + 2.1 * chain.dots + 16 * chain.own)
-    return Lined(op.result, lines.slopes, floor, torch.add(ceiling - floor, above, alpha=2 * fans), shift)
+    floor = (down * shift).sub_(above, alpha=fans)
+    ceiling = (up * over).add_(lines.high, alpha=1 + 2.1 * chain.dots + 16 * chain.own)
+    gap = (ceiling - floor).add_(above, alpha=2 * fans)
+    return Lined(op.result, lines.slopes, floor, gap, shift, _rises(lines))

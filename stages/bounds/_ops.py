@@ -37,11 +37,20 @@ _ALLOWED_COPIES = (None, torch.float32, torch.float64)
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """An affine operation taken apart: r -> |L| r, |b| if there is one, and how many products one output sums."""
+    """An affine operation taken apart: r -> |L| r, |b| if there is one, and how many products one output sums.
+
+    `fused` is what `margin` does, in one step, where there is one.
+    """
 
     magnitude: Callable[[Tensor], Tensor]
     offset: Tensor | float
     terms: int
+    fused: Callable[[Tensor, Tensor, float], Tensor] | None = None
+
+    def margin(self, r: Tensor, more: Tensor | float, factor: float = 1.0) -> Tensor:
+        """factor |L| r + more, for what is like the offset."""
+        more = torch.as_tensor(more, dtype=r.dtype, device=r.device)
+        return torch.add(more, self.magnitude(r), alpha=factor) if self.fused is None else self.fused(r, more, factor)
 
 
 def step(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Any:
@@ -54,6 +63,8 @@ def step(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Roundi
         return _affine(op, args, kwargs, rounding)
     if kind in _MOVES:
         return _move(op, args, kwargs)
+    if kind == "relu":
+        return Interval.above_zero(args[0].low.relu(), args[0].high.relu())
     if kind in _MONOTONE:
         return pair(op.target(*low_ends(args), **kwargs), op.target(*high_ends(args), **kwargs))
     if kind in _SMOOTH:
@@ -116,7 +127,7 @@ def _move(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _affine(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Any:
     piece = parts(op, args, kwargs)
     [x] = bounded(args)
-    middle = (x.low + x.high) * 0.5
+    middle = (x.low + x.high).mul_(0.5)
     at = tuple(middle if isinstance(arg, Interval) else arg for arg in args)
     centre = op.target(*at, **kwargs)
     tail = ()
@@ -124,7 +135,7 @@ def _affine(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rou
         centre, tail = centre[0], centre[1:]
     share = rounding.share(piece.terms)
     # (1 + s) |L| (r + s |m|) >= |L| (r + s (|m| + r)); the units that `share` keeps for r pay for one half of it.
-    spread = piece.magnitude(torch.add(x.high - middle, middle.abs(), alpha=share)) + (share * piece.offset + TINY)
+    spread = piece.margin((x.high - middle).add_(middle.abs(), alpha=share), share * piece.offset + TINY)
     low, high = torch.sub(centre, spread, alpha=1 + share), torch.add(centre, spread, alpha=1 + share)
     if op.kind in _KEEPING and bool((x.low >= 0).all()):  # however it rounds
         factors = [torch.as_tensor(arg) >= 0 for arg in args if op.kind in {"mul", "div"} and arg is not x]
@@ -136,9 +147,18 @@ def _affine(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rou
 def _convolution(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
     _, weight, bias, *rest = args
     transposed = rest[3]
-    offset = 0.0 if bias is None else bias.abs().view(-1, *(1,) * (weight.dim() - 2))
+    shape = -1, *(1,) * (weight.dim() - 2)
+    offset = 0.0 if bias is None else bias.abs().view(shape)
     terms = weight.numel() // weight.shape[1 if transposed else 0] + 1
-    return Parts(lambda r: op.target(r, weight.abs(), None, *rest, **kwargs), offset, terms)
+
+    def fused(r: Tensor, more: Tensor, factor: float) -> Tensor:
+        channels = weight.shape[1] * rest[5] if transposed else len(weight)
+        found: Tensor = op.target(
+            r, factor * weight.abs(), more.expand(channels, *shape[1:]).flatten(), *rest, **kwargs
+        )
+        return found
+
+    return Parts(lambda r: op.target(r, weight.abs(), None, *rest, **kwargs), offset, terms, fused)
 
 
 def _batch_norm(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
@@ -230,9 +250,7 @@ def _sum(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Roundi
     # x - s |x| rises with x, so each end pays for itself; and stays at least 0 where both operands do.
     share = rounding.share(1)
     margins = [torch.add(one.abs(), two.abs()) for one, two in ((a.low, b.low), (a.high, b.high))]
-    return Interval(
-        torch.sub(a.low + b.low, margins[0], alpha=share), torch.add(a.high + b.high, margins[1], alpha=share)
-    )
+    return Interval((a.low + b.low).sub_(margins[0], alpha=share), (a.high + b.high).add_(margins[1], alpha=share))
 
 
 def _neg(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
@@ -337,19 +355,6 @@ def _matmul(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rou
     return rounding.widen(centre - spread, centre + spread, args[0].size() @ args[1].size(), ma.shape[-1])
 
 
-def _dip(exact: float, tanh: float | None = None) -> Callable[..., Interval]:
-    """A rule for a function that falls until `exact` and rises after it; `tanh` is the place for approximate="tanh"."""
-
-    def rule(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
-        x: Interval = args[0]
-        bottom = tanh if tanh is not None and kwargs.get("approximate") == "tanh" else exact
-        nearest = torch.minimum(torch.maximum(x.low, torch.full_like(x.low, bottom)), x.high)
-        left, right = op.target(x.low, **kwargs), op.target(x.high, **kwargs)
-        return rounding.elementary(op.target(nearest, **kwargs), torch.maximum(left, right), x.size())
-
-    return rule
-
-
 def _softplus(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
     """log(1 + exp(beta x)) / beta, and x itself where beta x > threshold: there it falls by log(1 + exp(-threshold)) /
     beta, at either side of that place where the test is rounded."""
@@ -365,7 +370,6 @@ def _softplus(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: R
     return rounding.elementary(low, high, torch.maximum(low.abs(), high.abs()))
 
 
-# Where SiLU and GELU are lowest, to 1e-12; the values there are flat, so the error in the value is far below 1e-20.
 _RULES: dict[str, Callable[[Op, tuple[Any, ...], dict[str, Any], Rounding], Any]] = {
     "add": _sum,
     "sub": _sum,
@@ -388,7 +392,4 @@ _RULES: dict[str, Callable[[Op, tuple[Any, ...], dict[str, Any], Rounding], Any]
     "_safe_softmax": _attention.softmax,
     "native_layer_norm": _norms.layer_norm,
     "logsumexp": _logsumexp.interval,
-    "silu": _dip(-1.278464542761),
-    "hardswish": _dip(-1.5),
-    "gelu": _dip(-0.751791524694, tanh=-0.752461422071),
 }

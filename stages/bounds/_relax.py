@@ -45,15 +45,14 @@ class Lines:
 
 def relu(op: Op, x: Interval, kind: torch.dtype) -> Lines:
     """In the precision of the bounds: whatever the slope is rounded to, the intercept clears both ends by 4 units."""
-    low, high = x.low.to(kind), x.high.to(kind)
-    above, depth = high.clamp(min=0), (-low).clamp(min=TINY)
+    above, depth = x.high.to(kind).clamp(min=0), (-x.low.to(kind)).clamp_(min=TINY)
     up = above / (above + depth)
     down = up.detach().round()  # 1 or 0, as `up` is where the sign is known; comparisons take longer
     # ReLU is convex, so above the ends means above everywhere between.
     lift = torch.maximum(up * depth, torch.addcmul(above, up, above, value=-1))
     return Lines(
         {op.args[0].name: (down, up)},
-        low.new_zeros(()).expand_as(low),
+        above.new_zeros(()).expand_as(above),
         torch.add(lift, above, alpha=8 * UNITS_OF[kind]),
     )
 
@@ -206,12 +205,13 @@ def elementwise(op: Op, values: dict[str, Any], kind: torch.dtype) -> Lines | No
     lines, result = _lines(op, values, kind), values[op.result]
     if lines is None:
         return None
-    if bool(torch.isfinite(lines.low.detach().sum() + lines.high.detach().sum())):
+    total = lines.high.detach().sum() if op.kind == "relu" else lines.low.detach().sum() + lines.high.detach().sum()
+    if bool(torch.isfinite(total)):
         return lines
     fine = torch.isfinite(lines.low) & torch.isfinite(lines.high)
     slopes = {n: (torch.where(fine, a, 0.0), torch.where(fine, b, 0.0)) for n, (a, b) in lines.slopes.items()}
-    ends = constant(result)
-    return Lines(slopes, torch.where(fine, lines.low, ends.low), torch.where(fine, lines.high, ends.high))
+    still = constant(result)
+    return Lines(slopes, torch.where(fine, lines.low, still.low), torch.where(fine, lines.high, still.high))
 
 
 def _lines(op: Op, values: dict[str, Any], kind: torch.dtype) -> Lines | None:

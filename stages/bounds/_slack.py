@@ -21,9 +21,9 @@ def paid(chain: "Chain", op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], 
         total = share * result.size()
         for arg in op.args[:2]:
             if arg.name in chain.offset:
-                total = total + share * thin(chain.offset[arg.name]).abs()
+                total = total.add_(thin(chain.offset[arg.name]).abs(), alpha=share)
             if arg.name in chain.slack:
-                total = torch.add(total, chain.slack[arg.name], alpha=1 + 4 * share)
+                total = total.add_(chain.slack[arg.name], alpha=1 + 4 * share)
         return chain.fans(op, total)
     piece, [name] = _ops.parts(op, args, kwargs), chain.operands(op)
     # A bias is an offset as it stands; else ours is a sum like the network's.
@@ -34,10 +34,8 @@ def paid(chain: "Chain", op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], 
     size = args[0 if isinstance(args[0], Interval) else 1].size()
     if name in chain.offset:
         size = size + thin(chain.offset[name]).abs()
-    spread = share * size
-    if name in chain.slack:
-        spread = spread + chain.slack[name]
-    slack = torch.add(once, piece.magnitude(spread), alpha=grown)
+    spread = torch.add(chain.slack[name], size, alpha=share) if name in chain.slack else share * size
+    slack = piece.margin(spread, once, grown)
     return (slack, *result[1:]) if isinstance(result, tuple) else chain.fans(op, slack)
 
 
@@ -56,8 +54,7 @@ def most(chain: "Chain", name: str) -> Tensor:
         box = chain.values[name]
         found = torch.maximum(_largest(chain, name, box.high), -_largest(chain, name, box.low, -1))
         if name in chain.offset:
-            offset = thin(chain.offset[name])
-            found = found + torch.maximum(_largest(chain, name, offset), -_largest(chain, name, offset, -1))
+            found = found + _largest(chain, name, thin(chain.offset[name]).abs())
         chain.mosts[name] = found
     return chain.mosts[name]
 

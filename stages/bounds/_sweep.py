@@ -53,7 +53,13 @@ def grouped(
     size = fitting(graph or trace(net, box.low), 8 if double else box.low.element_size(), memory, copies)
     if size >= len(box.low):
         return lower(box, rows)
+    size = _even(len(rows), size)
     return torch.cat([lower(part(box, slice(at, at + size)), rows[at : at + size]) for at in range(0, len(rows), size)])
+
+
+def _even(count: int, most: int) -> int:
+    """The size of as few parts as there must be, all nearly alike."""
+    return -(-count // -(-count // most))
 
 
 def part(box: Box, images: slice | Tensor) -> Box:
@@ -97,7 +103,7 @@ def logits(
     if shape != (rows.shape[0], rows.shape[2]):
         raise InputError(f"rows: expected [B, R, K] for logits {tuple(shape)}, got {tuple(rows.shape)}")
     found = []
-    for some in torch.split(rows.to(chain.kind).transpose(0, 1), block(chain, memory, copies)):
+    for some in torch.split(rows.to(chain.kind).transpose(0, 1), block(chain, memory, copies, rows.shape[1])):
         least = chain.bound(chain.graph.output, some, boxes=True)
         found.append(least if bound is plain else torch.maximum(least, bound(chain, chain.graph.output, some)))
     bounds = torch.cat(found).T
@@ -185,17 +191,21 @@ def _ask(
     return low, high
 
 
-def block(chain: Chain, memory: float, copies: int = COPIES) -> int:
-    """How many rows to take at once, for the images of the chain. Raises `TooLittleMemory` where not even one fits."""
+def block(chain: Chain, memory: float, copies: int = COPIES, asked: int = 0) -> int:
+    """How many rows to take at once, for the images of the chain, where so many are asked for.
+
+    Raises `TooLittleMemory` where not even one fits.
+    """
     row = chain.batch * max(chain.graph.entries.values()) * (8 if chain.kind == torch.float64 else 4)
-    return _rows_at_once(row, memory, copies, chain.batch)
+    return _rows_at_once(row, memory, copies, chain.batch, asked)
 
 
-def _rows_at_once(row: int, memory: float, copies: int, images: int) -> int:
+def _rows_at_once(row: int, memory: float, copies: int, images: int, asked: int = 0) -> int:
     fits = int(memory * 2**29 // (row * copies))
     if fits < 1:
         raise TooLittleMemory(
             f"memory: {memory:g} GiB hold no row of coefficients for {images} images, which takes "
             f"{row * copies / 2**29:.3g} GiB; give more memory or fewer images at once"
         )
-    return min(fits, max(1, _CACHE // row))
+    near = max(1, _CACHE // row)
+    return min(fits, -(-asked // max(1, round(asked / near))) if asked else near)

@@ -153,6 +153,7 @@ def _signed_weights(patch: pytest.MonkeyPatch) -> None:
         return replace(
             honest(op, args, kwargs),  # type: ignore[arg-type]
             magnitude=lambda r: torch.ops.aten.convolution(r, weight, None, *rest).abs(),
+            fused=None,
         )
 
     patch.setitem(_ops._PARTS, "convolution", rule)

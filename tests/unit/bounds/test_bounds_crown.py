@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stages.bounds._ball import Ends
 from stages.bounds.base import Ball, Box, Certifier
 from stages.bounds.crown import Crown
 from stages.bounds.crown_ibp import CrownIBP
@@ -101,6 +102,18 @@ def test_a_box_is_bounded_alone_as_in_a_batch_and_in_any_number_of_blocks() -> N
     assert torch.allclose(together, torch.cat(alone), atol=1e-6)
     with pytest.raises(InputError, match=r"memory: .* hold no row .* give more memory"):
         Crown(memory=1e-9).lower(net, box, rows)
+
+
+def test_the_least_value_on_boxes_of_float32_lies_just_under_the_exact_one() -> None:
+    rng = generator(2, "least")
+    slopes = torch.randn(16, 4, 3, 8, 8, generator=rng)
+    for eps, last in itertools.product((0.0, 1e-3, 1.0), (False, True)):
+        x = torch.randn(4, 3, 8, 8, generator=rng)
+        low, high = x - eps, x + eps
+        exact = (slopes.double() * torch.where(slopes > 0, low, high).double()).flatten(2).sum(2)
+        found = Ends(Box(low, high), torch.float32, last).least(slopes, 0.0)
+        assert bool((found <= exact).all())
+        assert bool((found >= exact - 2e-6 * (slopes.abs() * (x.abs() + eps)).flatten(2).sum(2)).all())
 
 
 def test_the_least_value_on_balls_is_that_of_the_dual_norm() -> None:
