@@ -25,7 +25,9 @@ from stages.bounds._interval import DOUBLE, SINGLE, TINY, Interval, Rounding, ga
 from stages.bounds._trace import Op, Trace, fill, trace
 from stages.bounds.base import Box
 
-_EXACT = frozenset({"relu", "hardtanh", "clamp", "clamp_min", "clamp_max", "abs", "maximum", "minimum", "amax", "amin"})
+_EXACT = frozenset(
+    {"relu", "hardtanh", "clamp", "clamp_min", "clamp_max", "abs", "maximum", "minimum", "amax", "amin", "where"}
+)
 _DIAGONAL = frozenset(
     {"_native_batch_norm_legit_no_training", "getitem", "mul", "div", "add", "sub", "neg", "view", "_unsafe_view"}
     | {"reshape", "permute", "squeeze", "unsqueeze", "clone", "alias", "detach", "_to_copy", "slice", "select", "flip"}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -65,6 +66,35 @@ def _log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
     return -_aten.softplus.default(-x, 1, 80), x
 
 
+def _full_like(x: Tensor, value: float, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+    return torch.full(x.shape, value, dtype=dtype or x.dtype, device=x.device)
+
+
+def _celu(x: Tensor, alpha: float = 1.0) -> Tensor:
+    y: Tensor = _aten.elu.default(x, alpha, 1.0, 1.0 / alpha)
+    return y
+
+
+def _products(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+    found = reduce(torch.mul, x.unbind(dim))
+    return found.unsqueeze(dim) if keepdim else found
+
+
+def _running_sums(x: Tensor, dim: int) -> Tensor:
+    """A product with a matrix of ones from the diagonal on."""
+    ones = torch.ones(x.shape[dim], x.shape[dim], dtype=x.dtype, device=x.device).triu()
+    return (x.movedim(dim, -1) @ ones).movedim(-1, dim)
+
+
+def _largest(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """The places are left out of a trace where nobody reads them."""
+    return x.amax(dim, keepdim), x.argmax(dim, keepdim)
+
+
+def _least(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    return x.amin(dim, keepdim), x.argmin(dim, keepdim)
+
+
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
     del half_to_float
     total: Tensor = _aten.logsumexp.default(x, [dim], True)
@@ -87,6 +117,12 @@ RULES: Mapping[Any, Callable[..., Any]] = {
     _aten._native_batch_norm_legit.no_stats: _instance_norm,
     _aten.log_sigmoid_forward.default: _log_sigmoid,
     _aten._log_softmax.default: _log_softmax,
+    _aten.full_like.default: _full_like,
+    _aten.celu.default: _celu,
+    _aten.prod.dim_int: _products,
+    _aten.cumsum.default: _running_sums,
+    _aten.max.dim: _largest,
+    _aten.min.dim: _least,
     _aten.clamp.Tensor: _clamp,
     _aten.clamp_min.Tensor: torch.maximum,
     _aten.clamp_max.Tensor: torch.minimum,

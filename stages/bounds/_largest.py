@@ -56,11 +56,14 @@ def windows(op: Op, args: tuple[Any, ...], result: torch.Size) -> Windows:
         for dim in dims:
             size *= shape[dim]
         return Windows(torch.arange(size, device=args[0].low.device).unsqueeze(1), dims)
-    sides = [_adaptive if op.kind == "adaptive_max_pool2d" else _strided(args, i) for i in (0, 1)]
-    rows, columns = (side(shape[i - 2], result[i - 2]) for i, side in enumerate(sides))
-    at = rows[:, None, :, None] * shape[-1] + columns[None, :, None, :]
-    at = torch.where((rows[:, None, :, None] >= 0) & (columns[None, :, None, :] >= 0), at, -1)
-    return Windows(at.flatten(0, 1).flatten(1).to(args[0].low.device), (-2, -1))
+    dims = tuple(range(-3 if op.kind == "max_pool3d_with_indices" else -2, 0))
+    at = torch.zeros(1, 1, dtype=torch.int64)
+    for dim in dims:
+        side = _adaptive if op.kind == "adaptive_max_pool2d" else _strided(args, dim)
+        inner, outer = side(shape[dim], result[dim])[None, :, None, :], at[:, None, :, None]
+        both = torch.where((outer >= 0) & (inner >= 0), outer * shape[dim] + inner, -1)
+        at = both.flatten(0, 1).flatten(1)
+    return Windows(at.to(args[0].low.device), dims)
 
 
 def _adaptive(size: int, out: int) -> Tensor:
@@ -71,7 +74,7 @@ def _adaptive(size: int, out: int) -> Tensor:
 
 
 def _strided(args: tuple[Any, ...], side: int) -> Callable[[int, int], Tensor]:
-    kernel, stride, pad, hole = (_each(args, place)[side] for place in (1, 2, 3, 4))
+    kernel, stride, pad, hole = (_each(args, place, side) for place in (1, 2, 3, 4))
 
     def places(size: int, out: int) -> Tensor:
         found = torch.arange(out) * stride - pad + torch.arange(kernel).unsqueeze(1) * hole
@@ -80,12 +83,12 @@ def _strided(args: tuple[Any, ...], side: int) -> Callable[[int, int], Tensor]:
     return places
 
 
-def _each(args: tuple[Any, ...], place: int) -> tuple[int, int]:
-    """Kernel, stride, padding or dilation as two numbers; left out, the stride is the kernel."""
+def _each(args: tuple[Any, ...], place: int, side: int) -> int:
+    """Kernel, stride, padding or dilation of one side; left out, the stride is the kernel."""
     value = args[place] if place < len(args) else []
     if len(value) == 0:
-        return _each(args, 1) if place == 2 else ((0, 0) if place == 3 else (1, 1))
-    return int(value[0]), int(value[-1])
+        return _each(args, 1, side) if place == 2 else (0 if place == 3 else 1)
+    return int(value[side] if len(value) > 1 else value[0])
 
 
 def front(chain: "Chain", op: Op) -> "Pull":

@@ -46,8 +46,8 @@ def products(op: Op, values: dict[str, Any], result: torch.Size, batch: int) -> 
         return int(args[2].shape[1])
     if op.kind in {"mm", "matmul", "bmm"} and _ops.is_affine(op, args):
         return int(args[1].shape[-1] if isinstance(args[0], Interval) else args[0].shape[-2])
-    if op.kind in {"avg_pool2d", "max_pool2d_with_indices"}:
-        return int(math.prod(args[1]) ** (2 // len(args[1])))
+    if op.kind in {"avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"}:
+        return int(math.prod(args[1]) ** (3 // len(args[1])))
     if op.kind in {"adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d"}:
         return int(math.prod(result[-2:]) + math.prod(args[0].low.shape[-2:]))
     if op.kind in _REPEATS:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.bounds import _attention, _logsumexp, _norms, _waves
+from stages.bounds import _attention, _choice, _logsumexp, _norms, _waves
 from stages.bounds._interval import FOLDED, TINY, Interval, Rounding, bounded, high_ends, low_ends
 from stages.bounds._trace import Op
 from stages.method import InputError
@@ -29,7 +29,7 @@ _MOVES = frozenset(
 )
 _MONOTONE = frozenset(
     {"relu", "hardtanh", "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "amax", "amin", "sign"}
-    | {"max_pool2d_with_indices", "adaptive_max_pool2d"}
+    | {"max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "floor", "ceil", "trunc"}
 )
 _SMOOTH = frozenset({"sigmoid", "tanh", "atan", "asinh", "exp", "erf", "hardsigmoid", "elu", "leaky_relu"})
 _ALLOWED_COPIES = (None, torch.float32, torch.float64)
@@ -61,6 +61,8 @@ def step(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Roundi
     kind = op.kind
     if is_affine(op, args):
         return _affine(op, args, kwargs, rounding)
+    if kind == "where" and isinstance(args[0], Interval):
+        return _choice.choice(args)
     if kind in _MOVES:
         return _move(op, args, kwargs)
     if kind == "relu":
@@ -202,8 +204,10 @@ def _average(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
     # No window holds more than the whole image. A mean or sum may be over places that come before the batch.
     dims = (args[1] if len(args) > 1 else None) or range(x.dim())
     sums = op.kind in {"mean", "sum"}
-    whole = math.prod(x.shape[dim] for dim in dims) if sums else x.shape[-1] * x.shape[-2]
-    window = math.prod(args[1]) if op.kind == "avg_pool2d" else whole
+    whole = math.prod(x.shape[dim] for dim in dims) if sums else math.prod(x.shape[2:])
+    window = math.prod(args[1]) ** (3 // len(args[1])) if op.kind.startswith("avg_pool") else whole
+    if any(isinstance(arg, int) and arg < 0 for arg in args[6:7]):
+        raise unsupported(op, "with a negative divisor")
     return Parts(lambda r: op.target(r, *args[1:], **kwargs), 0.0, min(window, whole) + 1)
 
 
@@ -217,6 +221,7 @@ _PARTS: dict[str, Callable[[Op, tuple[Any, ...], dict[str, Any]], Parts]] = {
     "mul": _scale,
     "div": _over,
     "avg_pool2d": _average,
+    "avg_pool3d": _average,
     "adaptive_avg_pool2d": _average,
     "_adaptive_avg_pool2d": _average,
     "mean": _average,
@@ -315,15 +320,14 @@ def _inverse(op: Op, x: Interval, rounding: Rounding) -> Interval:
 
 def _pow(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
     x, exponent = args[0], args[1]
-    if isinstance(exponent, Interval) or not isinstance(x, Interval):
-        raise unsupported(op, "with an exponent that depends on the image")
-    n = float(exponent) if isinstance(exponent, int | float) or exponent.numel() == 1 else 0.0
+    several = isinstance(exponent, Tensor) and exponent.numel() > 1
+    if several or isinstance(exponent, Interval) or not isinstance(x, Interval):
+        raise unsupported(op, "with exponents that differ or depend on the image")
+    n = float(exponent)
     if n == 2:
         return _square(x, rounding)
-    if n in (0.5, -0.5):
+    if n != n // 1 or n < 1:  # as of roots
         return _root(op, args, kwargs, rounding)
-    if n != int(n) or n < 1:
-        raise unsupported(op, f"with exponent {n:g}")
     # Even powers fall up to zero; a float32 power of n is n - 1 products, or an elementary function.
     near = torch.maximum(x.low, -x.high).clamp(min=0) if n % 2 == 0 else x.low
     far = x.size() if n % 2 == 0 else x.high
@@ -331,7 +335,7 @@ def _pow(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Roundi
 
 
 def _root(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:
-    """Square roots, their inverses and logarithms, which need what they read to stay above zero."""
+    """Roots, inverses and logarithms, which need what they read to stay above zero."""
     x: Interval = args[0]
     ok = x.low >= 0 if op.kind == "sqrt" or (op.kind == "pow" and float(args[1]) > 0) else x.low > 0
     if not bool(ok.all()):
@@ -385,11 +389,10 @@ _RULES: dict[str, Callable[[Op, tuple[Any, ...], dict[str, Any], Rounding], Any]
     "sqrt": _root,
     "rsqrt": _root,
     "log": _root,
-    "mm": _matmul,
-    "bmm": _matmul,
-    "matmul": _matmul,
+    **dict.fromkeys(("mm", "bmm", "matmul"), _matmul),
     "_softmax": _attention.softmax,
     "_safe_softmax": _attention.softmax,
     "native_layer_norm": _norms.layer_norm,
     "logsumexp": _logsumexp.interval,
+    **_choice.RULES,
 }

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.bounds import _choice
 from stages.bounds._interval import DOUBLE, FOLDED, SINGLE, TINY, Interval
 from stages.bounds._trace import Op, fill
 
@@ -220,6 +221,8 @@ def _lines(op: Op, values: dict[str, Any], kind: torch.dtype) -> Lines | None:
         return relu(op, args[0], kind)
     if op.kind == "round":
         return rounded(op, args[0], kind)
+    if op.kind == "where":
+        return Lines(*_choice.lines(op, args, values[op.result], kind))
     if op.kind == "mul" and op.args[0] != op.args[1]:
         return product(op, args[0], args[1], kind)
     two = all(isinstance(arg, Interval) for arg in args[:2]) and op.args[0] != op.args[-1]
@@ -272,7 +275,8 @@ def _known(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Curve | Non
 def _power(exponent: float) -> Curve:
     """x^n for the n that have an interval rule; their second derivative is monotone in |x|."""
     n, whole = exponent, exponent == int(exponent) and exponent >= 1
-    return Curve(lambda x: abs(n * (n - 1)) * (x.size() if whole else x.low).double().abs() ** (n - 2))
+    far = whole or n > 2
+    return Curve(lambda x: abs(n * (n - 1)) * (x.size() if far else x.low).double().abs() ** (n - 2))
 
 
 # Bounds of |f''|: sigmoid 1/(6 sqrt 3), tanh 4/(3 sqrt 3), atan 3 sqrt(3)/8, asinh 2/(3 sqrt 3), erf 4/sqrt(2 pi e),

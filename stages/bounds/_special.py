@@ -37,7 +37,7 @@ def matrices(chain: Chain, op: Op) -> Pull:
     return pull
 
 
-_LARGEST = ("max_pool2d_with_indices", "adaptive_max_pool2d", "amax", "amin")
+_LARGEST = ("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "amax", "amin")
 SPECIAL.update(dict.fromkeys(_LARGEST, _largest.front))
 SPECIAL.update({"mm": matrices, "bmm": matrices, "matmul": matrices})
 SPECIAL.update({"_softmax": _attention.front, "_safe_softmax": _attention.front, "native_layer_norm": _norms.front})

@@ -24,6 +24,7 @@ _ASYMMETRIC = 10  # up to it, images were resized in one way
 _SMALL = 1 << 14  # numbers
 _DOMAINS = ("", "ai.onnx")
 _TYPES = {"float32", "float64", "int64", "int32", "int16", "uint16", "int8", "uint8", "bool"}
+_CHOOSES = "it answers with a class, which has no gradients and no bounds; end the file at the scores that it reads"
 _QUANTISED = {"QuantizeLinear", "DequantizeLinear"}
 _HALVES = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 _NARROW = {"float16": np.float32, "bfloat16": np.float32, "int4": np.int8, "uint4": np.uint8}
@@ -126,7 +127,8 @@ def readable(model: onnx.ModelProto, where: str) -> None:
     for node in graph.node:
         if node.domain not in _DOMAINS or node.op_type not in {*OPERATORS, "Constant"}:
             close = difflib.get_close_matches(node.op_type, OPERATORS, n=1)
-            raise _no_twin(where, node, f"nearest is {close[0]}" if close else "nothing like it is in the table")
+            near = f"nearest is {close[0]}" if close else "nothing like it is in the table"
+            raise _no_twin(where, node, _CHOOSES if node.op_type in ("ArgMax", "ArgMin") else near)
 
 
 def opset(model: onnx.ModelProto) -> int:

@@ -59,6 +59,7 @@ OPERATORS: dict[str, Operator] = {
     "Conv": windows.conv,
     "ConvTranspose": windows.conv_transpose,
     "Cos": _plain(torch.cos),
+    "CumSum": shapes.running_sum,
     "DepthToSpace": shapes.depth_to_space,
     "DequantizeLinear": values.dequantize_linear,
     "Div": _plain(_divide),
@@ -124,6 +125,7 @@ OPERATORS: dict[str, Operator] = {
     "Reshape": shapes.reshape,
     "Resize": sizes.resize,
     "Round": _plain(torch.round),
+    "ScatterND": shapes.scatter_nd,
     "Selu": values.selu,
     "Shape": shapes.shape,
     "Sigmoid": _plain(torch.sigmoid),
@@ -166,6 +168,8 @@ def objection(operator: str, attributes: Attributes, constants: Sequence[Tensor 
         return "it normalises every pixel on its own (spatial is 0), which newer opsets do not know"
     if operator == "Cast" and not shapes.castable(attributes["to"]):
         return f"ONNX type {attributes['to']}; expected a float, an integer of 32 or 64 bits, or a bool"
+    if operator == "ScatterND" and attributes.get("reduction", b"none") != b"none":
+        return f'it reduces by "{attributes["reduction"].decode()}"; expected none'
     if operator in {"Resize", "Upsample"}:
         return sizes.objection(attributes)
     if operator in {"QuantizeLinear", "DequantizeLinear"} and attributes.get("block_size", 0):

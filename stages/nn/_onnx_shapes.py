@@ -139,6 +139,29 @@ def gather_nd(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
     return taken.reshape((*indices.shape[:-1], *x.shape[same + count :]))
 
 
+def scatter_nd(a: Attributes, x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+    """A choice from all entries, old and new: the same for whatever images, as the indices are."""
+    del a
+    count = indices.shape[-1]
+    sizes = torch.tensor(x.shape[:count], dtype=torch.int64)
+    places = torch.where(indices < 0, indices + sizes, indices)
+    steps = torch.cat([sizes[1:], torch.ones(1, dtype=torch.int64)]).flip(0).cumprod(0).flip(0)
+    old = x.flatten(0, count - 1)
+    new = updates.reshape(-1, *x.shape[count:])
+    fresh = torch.arange(old.shape[0], old.shape[0] + new.shape[0])
+    taken = torch.arange(old.shape[0]).scatter(0, (places * steps).sum(-1).flatten(), fresh)
+    return torch.cat([old, new]).index_select(0, taken.to(x.device)).reshape(x.shape)
+
+
+def running_sum(a: Attributes, x: Tensor, axis: Tensor) -> Tensor:
+    along = int(axis)
+    x = x.flip(along) if a.get("reverse", 0) else x
+    y = x.cumsum(along)
+    if a.get("exclusive", 0):
+        y = torch.cat([torch.zeros_like(x.narrow(along, 0, 1)), y.narrow(along, 0, x.shape[along] - 1)], along)
+    return y.flip(along) if a.get("reverse", 0) else y
+
+
 def pad(
     a: Attributes, x: Tensor, pads: Tensor | None = None, value: Tensor | None = None, axes: Tensor | None = None
 ) -> Tensor:

@@ -52,6 +52,13 @@ def max_pool(a: Attributes, x: Tensor) -> Tensor:
     run: Callable[..., Tensor] = _MAX[window.sides - 1]
     if window.fits_torch:
         return run(x, window.kernel, window.strides, window.symmetric, window.dilations)
+    heads, sizes = [head for head, _ in window.needed], window.results(x.shape[2:])
+    if all(0 <= 2 * head <= k for head, k in zip(heads, window.kernel, strict=True)):
+        y = run(x, window.kernel, window.strides, heads, window.dilations, True)  # all windows that begin in the image
+        if all(size <= have for size, have in zip(sizes, y.shape[2:], strict=True)):
+            for axis, size in enumerate(sizes):
+                y = y if size == y.shape[2 + axis] else y.narrow(2 + axis, 0, size)
+            return y
     return run(window.padded(x, float("-inf")), window.kernel, window.strides, 0, window.dilations)
 
 
@@ -109,6 +116,11 @@ class _Window:
     def fits_torch(self) -> bool:
         """torch's pooling refuses pads beyond half of the kernel."""
         return self.symmetric is not None and all(2 * p <= k for p, k in zip(self.symmetric, self.kernel, strict=True))
+
+    def results(self, image: Sequence[int]) -> list[int]:
+        """The sizes of the output."""
+        sides = zip(image, self.kernel, self.strides, self.dilations, self.needed, strict=True)
+        return [(size + head + tail - (k - 1) * d - 1) // s + 1 for size, k, s, d, (head, tail) in sides]
 
     def padded(self, x: Tensor, value: float = 0.0) -> Tensor:
         return F.pad(x, _flat(self.needed), value=value)

@@ -55,5 +55,8 @@ def test_newer_opsets(size: str, where: str, tmp_path: Path) -> None:
         helper.make_node("Resize", ["x", "", "s"], ["y"], mode="linear", **attributes),
         **arrays,
     )
+    for more in ({}, {"cubic_coeff_a": -0.5}, {"exclude_outside": 1}):
+        node = helper.make_node("Resize", ["x", "roi", "s"], ["y"], mode="cubic", **more, **attributes)
+        same(tmp_path / "cubic.onnx", 13, node, **arrays)
     whole = {"n": np.array([1, 2, 7, 3])}
     same(tmp_path / "18.onnx", 18, helper.make_node("Resize", ["x", "", "", "n"], ["y"], **attributes), **whole)
