@@ -38,7 +38,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from benchmarks import spec_nets, spec_trained
+from benchmarks import spec_convs, spec_nets, spec_trained
 from benchmarks.spec_command import WORDS, Said, best, put
 from benchmarks.spec_family import Families, Family
 from benchmarks.spec_graphs import FAMILIES
@@ -53,7 +53,7 @@ from stages.verification.model import Model
 
 Array = npt.NDArray[np.float32]
 # Families of `--trained`; every file of them is named here, and nowhere else.
-TRAINED: Families = {**spec_trained.FAMILIES}
+TRAINED: Families = {**spec_trained.FAMILIES, **spec_convs.FAMILIES}
 
 
 @dataclass(frozen=True, slots=True)
