@@ -10,10 +10,10 @@ depends on most: complete on ReLU networks.
 Where linear bounds are worst, the box's corner is tried as a counterexample.
 
 Boxes of pre-activations are found once per image and cut with the signs; interval arithmetic carries the cuts on. They
-are formed anew, of the points that refute the row alone, for every row at first and for domains that have come nearer
-to a proof: of values in maps by `_halfspace`, of others by `_joint`. Where nothing is left of a box the domain is
-empty. Slopes and multipliers start where the parent's ended. Departures from the paper: boxes formed anew; one score
-for splitting, no look-ahead; rounding as in `_backward`, so a margin below it stays open.
+are formed anew, of the points that refute the row alone, for every row at first and, where there are no maps, for
+domains that have come nearer to a proof: of values in maps by `_halfspace`, of others by `_joint`. Where nothing is
+left of a box the domain is empty. Slopes and multipliers start where the parent's ended. Departures from the paper:
+boxes formed anew; one score for splitting, no look-ahead; rounding as in `_backward`, so a margin below it stays open.
 """
 
 import heapq
@@ -37,12 +37,11 @@ from stages.bounds.base import Ball, Box, Contradiction
 from stages.method import InputError
 
 Pause = Callable[[Tensor, Tensor, Tensor], Tensor]
-_RATE, _BOX_RATE = 0.3, 0.5
+_RATE, _BOX_RATE = 0.1, 0.5
 _BENT = frozenset({"relu", "sigmoid", "tanh"})
 _ROOT = 0.3  # of the time goes to the boxes at most
 _NARROW_STEPS, _JOINT_STEPS = 3, 8
-# Of what was missed: less than that, and boxes are formed anew, of the whole or of parts; where there are no maps.
-_SHRUNK, _AGAIN, _VECTORS = 0.9, 0.6, 0.97
+_SHRUNK, _VECTORS = 0.9, 0.97  # of what was missed: less, and boxes are formed anew; the latter where no maps are
 _MOST = 16  # of a batch
 _NARROWEST = 1e-3  # range of a curve's input that is worth splitting
 
@@ -250,10 +249,11 @@ class _Search:
 
     def _worth(self, some: Domains, misses: Tensor, open_: Tensor) -> tuple[Tensor, Tensor]:
         """Which domains to narrow now, and later: what they miss has shrunk since that was done last, and there is
-        room. Where there are maps it costs more and gives less: what cannot be now is split."""
+        room. Where there are maps, parts of a row's domain are split: hundreds of domains are bounded in the time that
+        new boxes of one take."""
         whole, vectors = (some.side != 0).sum(1) == 0, all(self.flat)
-        share = torch.where(whole, _SHRUNK, _AGAIN).clamp(min=_VECTORS if vectors else 0.0)
-        worth = open_ & (misses < share * some.missed) & bool(self.bends)
+        worth = open_ & (misses < (_VECTORS if vectors else _SHRUNK) * some.missed) & (whole | vectors)
+        worth &= bool(self.bends)
         room = self.memory * 2**28 / max(1, self.roots.bytes()) - self.roots.count
         now = worth & (worth.cumsum(0) <= min(room, _MOST))
         return now, worth & ~now & vectors & (room > _MOST)
