@@ -40,7 +40,7 @@ class Way:
 
     def __init__(self, chain: Chain, name: str, ops: tuple[Op, ...], frames: Mapping[str, Frame | None]) -> None:
         self.chain, self.name, self.ops, self.frames = chain, name, ops, frames
-        self._views: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, int], Tensor] = {}
 
     def entries(self) -> int:
         """The most coefficients that a row has of a value."""
@@ -55,9 +55,10 @@ class Way:
         frame = self.frames[name]
         if frame is None:
             return [part[rows.images].unsqueeze(1) for part in maps]
-        if name not in self._views:
-            self._views[name] = frame.views(torch.stack([part.permute(0, 2, 3, 1) for part in maps]))
-        return list(frame.take(self._views[name], rows.images, rows.at))
+        key = name, len(maps)
+        if key not in self._views:
+            self._views[key] = frame.views(torch.stack([part.permute(0, 2, 3, 1) for part in maps]))
+        return list(frame.take(self._views[key], rows.images, rows.at))
 
 
 def way(chain: Chain, name: str) -> Way | None:
@@ -145,7 +146,7 @@ class Neurons:
         shape = self.chain.shape(way.name)
         self.channel, place = entries // math.prod(shape[2:]), entries % math.prod(shape[2:])
         self.at = place // shape[-1], place % shape[-1]
-        self.kept: dict[str, dict[str, Any]] = {}
+        self.kept: dict[str, dict[str, Any]] | None = None  # lines, where rows have free slopes and come again
 
     def bound(
         self,
@@ -161,6 +162,8 @@ class Neurons:
         """
         if push or name != self.way.name:
             raise ValueError("single neurons are bounded without constraints, and of one value")
+        if lower is not None and self.kept is None:
+            self.kept = {}
         scale = self.signs * slopes[0]
         total = self._start(scale)
         waiting: dict[str, Tensor | One] = {name: One(scale)}
@@ -188,6 +191,7 @@ class Neurons:
     def drawn(self) -> dict[str, Tensor]:
         """The slopes below that CROWN takes at ReLUs on the way, of the shape of their coefficients."""
         first = {}
+        self.kept = {}
         for op in self.way.ops:
             if op.kind == "relu" and op.result in self.chain.fronts:
                 [(down, up)] = self._lines(op)["slopes"].values()
@@ -323,18 +327,19 @@ class Neurons:
 
     def _lines(self, op: Op) -> dict[str, Any]:
         """The lines of the rows' images, in the frame of the result."""
-        if op.result not in self.kept:
-            front = self.chain.fronts[op.result]
-            assert isinstance(front, Lined)
-            shape = self.chain.shape(op.result)
-            names = list(front.slopes)
-            maps = [front.floor, front.gap, *(slope for pair in front.slopes.values() for slope in pair)]
-            maps += [] if front.shift is None else [front.shift]
-            maps = [part.expand(shape) for part in maps]
-            taken = self.way.taken(op.result, maps, self)
-            pairs = {name: (taken[2 + 2 * i], taken[3 + 2 * i]) for i, name in enumerate(names)}
-            self.kept[op.result] = {"floor": taken[0], "gap": taken[1], "slopes": pairs, "shift": taken[-1]}
-        return self.kept[op.result]
+        if self.kept is not None and op.result in self.kept:
+            return self.kept[op.result]
+        front = self.chain.fronts[op.result]
+        assert isinstance(front, Lined)
+        shape = self.chain.shape(op.result)
+        maps = [front.floor, front.gap, *(slope for pair in front.slopes.values() for slope in pair)]
+        maps += [] if self.kept is None or front.shift is None else [front.shift]
+        taken = self.way.taken(op.result, [part.expand(shape) for part in maps], self)
+        pairs = {name: (taken[2 + 2 * i], taken[3 + 2 * i]) for i, name in enumerate(front.slopes)}
+        found = {"floor": taken[0], "gap": taken[1], "slopes": pairs, "shift": taken[-1]}
+        if self.kept is not None:
+            self.kept[op.result] = found
+        return found
 
     def least_of(self, here: Tensor) -> Tensor:
         """[R] float64: the least value over the box of coefficients of the image."""
