@@ -60,6 +60,8 @@ def narrowed(
         count = int(open_.sum(1).max())
         order = open_.int().argsort(dim=1, descending=True, stable=True)[:, :count]
         for at in torch.split(order, max(1, _sweep.block(chain, memory) // 2), 1) if count else ():
+            if time.monotonic() > end:
+                break
             units = torch.zeros(at.shape[1], *low.shape, dtype=chain.kind, device=at.device)
             units = units.scatter_(2, at.T.unsqueeze(-1), 1.0)
             found = _best(chain, bend, torch.cat([units, -units]), row, goal, slopes, steps)
