@@ -106,15 +106,22 @@ class _Place(torch.autograd.Function):
         left, right, above, below = frame._edges()
         height, width = frame.shape
         rows, channels = windows.shape[:2]
-        wide = windows.new_zeros(rows, above + height + below, left + width + right, channels)
+        tall, broad = above + height + below, left + width + right
         inner = Frame(
             Side(frame.rows.step, frame.rows.start + above, frame.rows.size),
             Side(frame.columns.step, frame.columns.start + left, frame.columns.size),
             frame.places,
-            (wide.shape[1], wide.shape[2]),
+            (tall, broad),
         )
-        inner.views(wide)[torch.arange(rows, device=windows.device), at[0], at[1]] = windows.permute(0, 2, 3, 1)
-        return wide[:, above : above + height, left : left + width].permute(0, 3, 1, 2)
+        placed = windows.new_empty(rows, height, width, channels)
+        some = max(1, rows * height * width // (tall * broad))  # so many that the padded maps are no larger than these
+        for first in range(0, rows, some):
+            here = slice(first, first + some)
+            part, down, along = windows[here].permute(0, 2, 3, 1), at[0][here], at[1][here]
+            wide = windows.new_zeros(len(part), tall, broad, channels)
+            inner.views(wide)[torch.arange(len(part), device=windows.device), down, along] = part
+            placed[here] = wide[:, above : above + height, left : left + width]
+        return placed.permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
