@@ -116,13 +116,14 @@ class Twin(nn.Module):
         x = torch.rand(2 * batch, *shape[1:], generator=generator(0, "free batch"))
         halves = [_batched(self._through(half), batch) for half in torch.split(x, batch)]
         kept = self._steps, dict(self._indices)
-        try:
-            if any(step.operator == "Reshape" and step.inputs[1] in self._indices for step in self._steps):
-                self._steps = tuple(self._freed(x, batch))
-            if _same(torch.cat(halves), self._through(x)):
-                return
-        except (RuntimeError, IndexError):
-            pass  # an operator found a shape that does not fit: then the graph knows its batch elsewhere too
+        for rewrite in (False, True):  # a graph may be free already, and a target not to be told from shapes
+            try:
+                if rewrite:
+                    self._steps = tuple(self._freed(x, batch))
+                if _same(torch.cat(halves), self._through(x)):
+                    return
+            except (RuntimeError, IndexError):
+                pass  # an operator found a shape that does not fit: then the graph knows its batch elsewhere too
         self._steps, self._indices = kept
         self.piece = batch
 

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from stages.bounds.ibp import IBP
 from stages.method import InputError
 from stages.nn._onnx_batch import freed
 from stages.nn.imported import imported
+from stages.nn.to_onnx import export
 from stages.threat import Threat
 from tests.networks import arch, built, images, onnx_logits
 
@@ -304,3 +306,20 @@ def test_reshape_targets(
     target: list[int], small: tuple[int], large: tuple[int], shaped: tuple[int], batch: int, expected: list[int] | None
 ) -> None:
     assert freed(target, small, large, shaped, batch) == expected
+
+
+class _Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        y: Tensor = self.head(self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1))
+        return y
+
+
+def test_a_file_that_takes_any_batch_is_left_as_it_is(tmp_path: Path) -> None:
+    """Its targets of Reshape say -1 for the heads of all images, which a rewrite for one image would spoil."""
+    export(_Heads().eval(), (6, 2, 3), tmp_path / "heads.onnx", 20, "dynamo")
+    assert imported(tmp_path / "heads.onnx").piece is None
