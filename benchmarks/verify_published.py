@@ -25,6 +25,7 @@ such lines say `CONTRADICTION`. One process at a time; the seconds are those of 
 import argparse
 import csv
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -101,30 +102,37 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=60.0)
     parser.add_argument("--beside", default="")
     options = parser.parse_args()
-    counts: dict[tuple[str, str], int] = defaultdict(int)
-    families, wrong = dict[str, int](), 0
+    asked_of: dict[str, list[tuple[str, float]]] = defaultdict(list)
+    other_of: dict[str, list[tuple[str, float]]] = defaultdict(list)
+    wrong = 0
     with tempfile.TemporaryDirectory() as scratch:
         for asked in _instances(options.folder, Path(scratch), options.timeout):
             word, seconds = _put(_OURS, asked)
+            asked_of[asked.family].append((word, seconds))
             line = f"{asked.family} {asked.spec.stem}: {word} after {seconds:.1f} s"
-            families[asked.family] = families.get(asked.family, 0) + 1
-            counts[asked.family, word] += 1
             if options.beside:
                 other, seconds = _put(options.beside, asked)
-                counts[asked.family, f"other {other}"] += 1
+                other_of[asked.family].append((other, seconds))
                 line += f", the other: {other} after {seconds:.1f} s"
                 line += " CONTRADICTION" if {word, other} == {"sat", "unsat"} else ""
             if word not in ("unknown", asked.known or word):
                 wrong += 1
                 line += f" WRONG: known to be {asked.known}"
             print(line, file=sys.stderr, flush=True)
-    print("| network | asked | unsat | sat | unknown | other verifier: unsat | sat | unknown |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for family, number in families.items():
-        ours = " | ".join(str(counts[family, word]) for word in ("unsat", "sat", "unknown"))
-        others = " | ".join(str(counts[family, f"other {word}"]) for word in ("unsat", "sat", "unknown"))
-        print(f"| {family} | {number} | {ours} | {others if options.beside else '| |'} |")
-    print(f"\n{sum(families.values())} asked, {wrong} wrong")
+    print("| network | asked | ours: unsat, sat, unknown | seconds | the other: unsat, sat, unknown | seconds |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for family, answers in asked_of.items():
+        print(f"| {family} | {len(answers)} | {_cells(answers)} | {_cells(other_of[family])} |")
+    print(f"\n{sum(map(len, asked_of.values()))} asked, {wrong} wrong")
+
+
+def _cells(answers: list[tuple[str, float]]) -> str:
+    """How often each word, and the median and the most of the seconds."""
+    if not answers:
+        return "- | -"
+    words, times = zip(*answers, strict=True)
+    counts = ", ".join(str(words.count(word)) for word in ("unsat", "sat", "unknown"))
+    return f"{counts} | {statistics.median(times):.1f}, {max(times):.1f}"
 
 
 def _instances(folder: Path, scratch: Path, timeout: float) -> Iterator[Asked]:

@@ -37,7 +37,7 @@ ENDS: dict[str, tuple[Node, ...]] = {
     "log_softmax": (("LogSoftmax", [], {"axis": 1}),),
     "nan": (("Log", [], {}),),
     "foreign": (("Shrink", [], {"lambd": 0.0, "bias": 0.0}),),
-    "floor": (("Floor", [], {}),),
+    "modulo": (("Mod", ["three"], {"fmod": 1}),),
     "noise": (("RandomNormalLike*", [], {"scale": 3.0}),),
     "position": (("CumSum", ["zero"], {}),),
     "neighbours": (("ReduceMean-", ["first"], {"keepdims": 1}),),

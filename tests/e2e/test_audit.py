@@ -104,7 +104,7 @@ def test_at_least_is_a_gate(audit: Audit, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("end", "failed"),
-    [("noise", {"repeatable", "batch_free", "imported"}), ("position", {"batch_free", "imported"})],
+    [("noise", {"repeatable", "batch_free", "imported"}), ("position", {"batch_free"})],
 )
 def test_outputs_that_depend_on_chance_or_on_the_batch_are_found(
     end: str, failed: set[str], audit: Audit, tmp_path: Path

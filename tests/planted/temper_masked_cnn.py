@@ -26,7 +26,8 @@ class Round(nn.Module):
         self.levels = levels
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.floor(x * self.levels + 0.5) / self.levels
+        steps = x * self.levels + 0.5
+        return (steps - torch.remainder(steps, 1)) / self.levels  # a floor for which there are no bounds
 
 
 def build(

@@ -255,7 +255,9 @@ def test_a_network_without_a_rule_for_bounds_is_proved_nowhere_and_says_so(
     result = run(tmp_path, digits_model("masked_cnn"), watch, attacks=["fgsm"], validity_samples=20)
     value = {measurement.name: measurement.value for measurement in result.measurements}
     assert value["accuracy.certified.test"] == 0
-    assert any('ibp proves nothing about this network: bounds: no rule for operation "floor"' in n for n in watch.notes)
+    assert any(
+        'ibp proves nothing about this network: bounds: no rule for operation "remainder"' in n for n in watch.notes
+    )
     assert not any(finding.startswith("covers_ibp") for finding in result.findings)
     rows = evidence.read(result.files["evidence.jsonl"]).examples
     assert all(
