@@ -119,6 +119,8 @@ def main() -> None:
                 wrong += 1
                 line += f" WRONG: known to be {asked.known}"
             print(line, file=sys.stderr, flush=True)
+    if not asked_of:
+        parser.error(f"{options.folder}: expected an instances.csv or one of the networks that --help names in it")
     print("| network | asked | ours: unsat, sat, unknown | seconds | the other: unsat, sat, unknown | seconds |")
     print("| --- | --- | --- | --- | --- | --- |")
     for family, answers in asked_of.items():

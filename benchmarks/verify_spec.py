@@ -78,10 +78,14 @@ def main() -> None:
     parser.add_argument("--trained", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    makers: dict[str, Callable[[int], Net]] = {**_trained(), **FAMILIES}
+    there = list(TRAINED if options.trained else makers)
+    for name in filter(None, options.families.split(",")):
+        if name not in there:
+            parser.error(f"--families {name}: expected some of {', '.join(there)}")
     if options.trained:
         _trained_table(options)
         return
-    makers: dict[str, Callable[[int], Net]] = {**_trained(), **FAMILIES}
     chosen = [name for name in options.families.split(",") if name] or list(makers)
     print(
         "| family | asked | sat found | unsat proved | open: sat, unsat, unknown | wrong | seconds, median and most |"
