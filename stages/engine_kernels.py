@@ -10,6 +10,7 @@ Nothing documents these; 1.31 was seen
   entries of 1000 +- 0.001, whose squares agree in all 24 bits of float32.
 """
 
+import math
 from collections.abc import Iterator
 from functools import cache
 
@@ -62,7 +63,7 @@ def _rounds_bias(node: NodeProto, makers: dict[str, NodeProto], fixed: dict[str,
     layer: NodeProto | None = None
     if node.op_type in _WEIGHTED and any(_kind(name, makers) != _VALUES for name in node.input[2:] if name):
         layer = node
-    if node.op_type == "Add" and any(_floats(name, fixed) for name in node.input):
+    if node.op_type == "Add" and any(_bias(name, fixed) for name in node.input):
         products = [_maker(name, makers, _NOTHING) for name in node.input]
         layer = next((one for one in products if one is not None and one.op_type == "MatMul"), None)
     return layer is not None and all(_kind(name, makers) == _VALUES for name in layer.input[:2])
@@ -82,8 +83,10 @@ def _kind(name: str, makers: dict[str, NodeProto]) -> str:
     return "" if node is None else node.op_type
 
 
-def _floats(name: str, fixed: dict[str, TensorProto]) -> bool:
-    return name in fixed and fixed[name].data_type == TensorProto.FLOAT
+def _bias(name: str, fixed: dict[str, TensorProto]) -> bool:
+    """Whether a value is a constant row of floats; a mask of attention has several rows."""
+    held = fixed.get(name)
+    return held is not None and held.data_type == TensorProto.FLOAT and math.prod(held.dims[:-1]) == 1
 
 
 def _alike(one: NodeProto, other: NodeProto | None, fixed: dict[str, TensorProto]) -> bool:

@@ -4,6 +4,10 @@
 
 Activations get one scale per tensor, from the range seen on the calibration images (min-max: an attacked image lies at
 the edge of what is seen, and a range that clips its tail would hide it); weights one scale per output channel.
+
+Scores of attention stay in float32 from the product that makes them through the softmax, whose result has codes for the
+product that reads it. onnxruntime runs a softmax of codes by tables of which nothing is proved
+(`stages.engine_kernels`), and one scale for scores and their mask, -inf or -1e9, would leave nothing of the scores.
 """
 
 import logging
@@ -17,11 +21,12 @@ import onnxruntime
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
-from targets.passes._graph import clean, normalised, weighted
+from targets.passes._graph import clean, consumers, normalised, prune, weighted
 from targets.passes.base import Array, Kit, LoweringError
 
 _BATCH = 32
 KEEP = ("first", "last")
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum")
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -64,7 +69,9 @@ def quantise(
     add_pre_process_metadata(marked)
     onnx.save(marked, source)
     low, high = _pixel_range(model)
-    with _quiet():
+    scores = _scores(model)
+    # Scores beside a mask of -inf have no scale; the quantiser computes one for them all the same, and does not use it.
+    with _quiet(), np.errstate(invalid="ignore"):
         quantize_static(
             source,
             target,
@@ -75,14 +82,39 @@ def quantise(
             reduce_range=reduce_range,
             activation_type=activations,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=sorted(kept),
+            nodes_to_exclude=sorted(kept | scores),
             calibrate_method=CalibrationMethod.MinMax,
             extra_options={
                 **extra,
                 "TensorQuantOverrides": {normalised(model): [{"rmin": np.float32(low), "rmax": np.float32(high)}]},
             },
         )
-    return clean(onnx.load(target), "int8")
+    made = onnx.load(target)
+    _read_values(made, scores)
+    return clean(made, "int8")
+
+
+def _scores(model: onnx.ModelProto) -> set[str]:
+    """The nodes that a softmax alone sees, and itself: what scales and masks scores, but not the products behind."""
+    found: set[str] = set()
+    for node in reversed(model.graph.node):
+        readers = [reader.name for name in node.output for reader in consumers(model, name)]
+        inside = bool(readers) and node.op_type not in _PRODUCTS and found.issuperset(readers)
+        if node.op_type == "Softmax" or (inside and model.graph.output[0].name not in node.output):
+            found.add(node.name)
+    return found
+
+
+def _read_values(model: onnx.ModelProto, names: set[str]) -> None:
+    """Let nodes read the values themselves where they read the result of a Q/DQ pair, in place."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        for i, name in enumerate(node.input if node.name in names else ()):
+            values = makers.get(name)
+            codes = makers.get(values.input[0]) if values is not None and values.op_type == "DequantizeLinear" else None
+            if codes is not None and codes.op_type == "QuantizeLinear":
+                node.input[i] = codes.input[0]
+    prune(model)
 
 
 def _kept(model: onnx.ModelProto, keep: Sequence[str]) -> set[str]:
