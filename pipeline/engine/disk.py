@@ -64,8 +64,14 @@ def sync(folder: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Readers see the old bytes or the new ones, never a mixture, whatever is killed when."""
+    """Readers see the old bytes or the new ones, never a mixture, whatever is killed when.
+
+    A device or a pipe is written into: renamed over, /dev/null would be gone for everybody.
+    """
     with writing(path):
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary(path.parent) as (spare, file):
             file.write(data)
