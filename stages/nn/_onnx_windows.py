@@ -66,7 +66,8 @@ def average_pool(a: Attributes, x: Tensor) -> Tensor:
     """Pads count where count_include_pad says so; what ceil_mode adds behind them never does."""
     window, counted = _Window(a, a["kernel_shape"], x.shape[2:]), bool(a.get("count_include_pad", 0))
     run: Callable[..., Tensor] = _AVERAGE[window.sides - 1]
-    if window.fits_torch and set(window.dilations) == {1}:
+    as_torch_counts = not counted or window.needed == window.pads
+    if window.fits_torch and as_torch_counts and set(window.dilations) == {1}:
         return run(x, window.kernel, window.strides, window.symmetric, False, counted)
     image = torch.ones_like(x[:1, :1])
     counts = F.pad(image, _flat(window.pads), value=1.0 if counted else 0.0)
