@@ -20,7 +20,9 @@ from stages.bounds._trace import Op, fill
 Pulled = dict[str, Tensor]
 _FEW = 4
 COPIES = frozenset({"view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "clone", "alias", "detach", "_to_copy"})
-_REPEATS = frozenset({"expand", "repeat", "index", "index_select", "upsample_nearest2d", "unfold", "cat", "stack"})
+_REPEATS = frozenset(
+    {"expand", "repeat", "index", "index_select", "gather", "upsample_nearest2d", "unfold", "cat", "stack"}
+)
 
 
 def pull(op: Op, values: dict[str, Any], slopes: Any) -> Pulled:

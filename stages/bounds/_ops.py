@@ -24,7 +24,7 @@ from stages.method import InputError
 _MOVES = frozenset(
     {"view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "unfold"}
     | {"slice", "select", "index_select", "index", "cat", "stack", "split", "split_with_sizes", "getitem", "repeat"}
-    | {"flip", "roll", "constant_pad_nd", "upsample_nearest2d", "pixel_shuffle"}
+    | {"gather", "flip", "roll", "constant_pad_nd", "upsample_nearest2d", "pixel_shuffle"}
     | {"clone", "alias", "detach", "_to_copy", "where", "copy", "slice_scatter", "select_scatter"}
 )
 _MONOTONE = frozenset(

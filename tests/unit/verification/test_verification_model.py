@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from stages.bounds.base import Box
 from stages.bounds.crown import Crown
+from stages.bounds.ibp import IBP
 from stages.method import InputError
 from stages.verification.model import Model
 from tests.specs import layers, mlp, saved
@@ -192,3 +193,34 @@ def test_an_input_beside_others_has_a_size(tmp_path: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
     with pytest.raises(InputError, match=r'net.onnx: input "a" is float \[1, 0\]; expected float and fixed sizes'):
         Model(path, 4)
+
+
+def test_entries_scattered_by_a_graph_for_one_input_have_bounds(tmp_path: Path) -> None:
+    """y[:, 1:3] = 2 y[:, 3:5], as torch's older exporter writes it: the places name the input's own number."""
+    arrays: dict[str, Any] = {
+        "w": RNG.normal(0, 1, (4, 6)).astype(np.float32),
+        "from": np.array([3]),
+        "to": np.array([5]),
+        "axis": np.array([1]),
+        "two": np.float32(2),
+        "places": np.array([[[0, 1], [0, 2]]]),
+        "v": RNG.normal(0, 1, (6, 2)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["input", "w"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Slice", ["r", "from", "to", "axis"], ["s"]),
+        helper.make_node("Mul", ["s", "two"], ["t"]),
+        helper.make_node("ScatterND", ["r", "places", "t"], ["m"]),
+        helper.make_node("MatMul", ["m", "v"], ["y"]),
+    ]
+    model = Model(saved(tmp_path / "net.onnx", nodes, (1, 4), "y", (1, 2), arrays), 4)
+    points = torch.rand(5, 4)
+    assert model.disagreement(points) < 1e-6
+    rows = torch.eye(2, dtype=torch.float64).expand(5, -1, -1)
+    with torch.no_grad():
+        for certifier in (IBP(), Crown()):
+            bound = certifier.lower(model.net, Box(points - 0.05, points + 0.05), rows)
+            reached = torch.stack([model.net(points - 0.05 + 0.1 * torch.rand(5, 4)) for _ in range(200)]).amin(0)
+            assert bool((bound <= reached).all())
+            assert bool((bound > reached - 2).all())
