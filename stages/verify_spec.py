@@ -27,10 +27,14 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.timeout < 1e9:
         raise BadInput(f"--timeout {args.timeout:g}: expected a number of seconds above 0")
     for path in (args.model, args.spec):
+        if path.is_dir():
+            raise BadInput(f"{path}: expected a file, this is a folder")
         if not path.is_file():
             raise BadInput(f"{path}: there is no such file")
     if args.witness is not None and not args.witness.absolute().parent.is_dir():
         raise BadInput(f"--witness {args.witness}: the folder {args.witness.absolute().parent} is not there")
+    if args.witness is not None and args.witness.is_dir():
+        raise BadInput(f"--witness {args.witness}: expected a file to write, this is a folder")
     job = _Job(args, start)
     worker = threading.Thread(target=job.work, daemon=True)
     worker.start()
@@ -82,7 +86,11 @@ class _Job:
         if answer.witness is not None and self.args.witness is not None:
             from stages.verification.verdict import write_witness
 
-            write_witness(answer.witness, self.args.witness)
+            try:
+                write_witness(answer.witness, self.args.witness)
+            except OSError as error:
+                why = f"cannot be written: {error.strerror or error}; name another place"
+                raise BadInput(f"--witness {self.args.witness}: {why}") from error
         self._say(answer.reason)
         self.verdict = answer.word
 

@@ -153,7 +153,9 @@ class Hunt:
             with Straight():
                 far = self._far(self.net(point), which)
             goal = torch.where(whole, far.amax(1, keepdim=True), far.clamp(min=0)).clamp(min=-1e30).sum(1)
-            (slope,) = torch.autograd.grad(goal.sum(), point)
+            slope = torch.zeros_like(point)
+            if goal.requires_grad:  # else all that comes of the input goes through comparisons or casts
+                (slope,) = torch.autograd.grad(goal.sum(), point)
             worst = far.detach().amax(1).nan_to_num(torch.inf)
             witness = self._try(x, worst)
             if witness is not None:

@@ -81,6 +81,8 @@ class Model:
         source = opened(path)
         self._engine = OrtEngine(source)
         names = [output.name for output in self._engine.session.get_outputs()]
+        if not names or not self._engine.session.get_inputs():
+            raise InputError(f"{path}: expected a network, the graph has no {'inputs' if names else 'outputs'}")
         if len(self._engine.session.get_inputs()) != 1 or (len(names) > 1 and LOGITS not in names):
             source = _single(source, self._engine.session, str(path), outputs)
             self._engine = OrtEngine(source)

@@ -96,6 +96,8 @@ def _parse(text: str, where: str) -> Spec:
                 continue
             if form[0] == "assert" and len(form) == 2:
                 asserted.append((line, form[1]))
+            elif form[0] == "assert":
+                raise InputError(f"assert takes one formula, got {len(form) - 1}; join several by (and ...)")
             elif form[0] not in _IGNORED:
                 raise _no("form", form[0], ("declare-const", "assert"))
         except InputError as error:
@@ -162,6 +164,8 @@ class _Names:
                 for place, size in zip(places, shape, strict=True):
                     flat = flat * size + place
                 return kind, flat
+        if token.lstrip("+-.")[:1].isdigit():
+            raise InputError(f'cannot read the number "{token[:40]}"; expected 0.5, -2 or 1e-3, at most 1e9999')
         known = [f"{kind}_0 to {kind}_{size - 1}" for kind, size in sorted(self.sizes.items())]
         raise InputError(f'unknown variable "{token[:40]}"; declared are {" and ".join(known)}')
 
@@ -334,7 +338,7 @@ def _decimal(token: str) -> Decimal:
 
 def _regions(inputs: int, always: _Cube, choices: list[list[_Cube]]) -> tuple[Region, ...]:
     """One region for every box that some case names and that holds a point, with the conjunctions of all its cases."""
-    _upright(inputs, always)
+    _upright(always)
     unsafe: dict[Any, list[tuple[Row, ...]]] = {}
     for cube in _products(_Cube(rows=list(always.rows), never=always.never), choices):
         if not cube.never:
@@ -351,9 +355,9 @@ def _regions(inputs: int, always: _Cube, choices: list[list[_Cube]]) -> tuple[Re
     return tuple(found)
 
 
-def _upright(inputs: int, always: _Cube) -> None:
+def _upright(always: _Cube) -> None:
     """Raises `InputError` for bounds outside of all disjunctions that are inverted: a slip, hardly what was meant."""
-    for i in range(inputs):
+    for i in sorted({i for i, _ in always.ends}):  # the file's own: it may declare far more inputs than it bounds
         low, high = always.ends.get((i, 1)), always.ends.get((i, -1))
         if low is not None and high is not None and _above(low[0], high[0]):
             ends = f"lower bound {shown(low[0])} and upper bound {shown(high[0])}"

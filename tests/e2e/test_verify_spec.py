@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
@@ -151,6 +152,9 @@ def test_bad_models(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[s
     double = [helper.make_node("Flatten", ["input"], ["y"], "flat")]
     saved(tmp_path / "double.onnx", double, (1, 3), "y", (1, 3), {}, TensorProto.DOUBLE)
     saved(tmp_path / "batch.onnx", double, (2, 3), "y", (2, 3), {})
+    bare = onnx.load(saved(tmp_path / "bare.onnx", double, (1, 3), "y", (1, 3), {}))
+    del bare.graph.output[:]
+    onnx.save(bare, tmp_path / "bare.onnx")
     nine = tmp_path / "nine.vnnlib"
     nine.write_text(spec([0.0] * 9, [1.0] * 9, 1, "(assert (<= Y_0 0))"))
     for name, chosen, message in (
@@ -159,12 +163,14 @@ def test_bad_models(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[s
         ("broken.onnx.gz", good, "broken.onnx.gz: cannot be read"),
         ("det.onnx", str(nine), 'node "odd": operator Det has no torch twin'),
         ("double.onnx", good, 'input "input" is a tensor(double); expected tensor(float)'),
+        ("bare.onnx", good, "bare.onnx: expected a network, the graph has no outputs"),
+        (".", good, "expected a file, this is a folder"),
         ("batch.onnx", good, "has shape [2, 3], the specification names 3 inputs X_0 to X_2"),
     ):
         refused(["verify-spec", str(tmp_path / name), chosen, "--timeout", "30"], message, capsys)
-    refused(
-        ["verify-spec", str(model), good, "--timeout", "3", "--witness", str(tmp_path / "no/w")], "is not there", capsys
-    )
+    for witness, message in (("no/w", "is not there"), (".", "expected a file to write, this is a folder")):
+        out = str(tmp_path / witness)
+        refused(["verify-spec", str(model), good, "--timeout", "3", "--witness", out], message, capsys)
 
 
 def refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

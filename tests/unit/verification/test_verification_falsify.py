@@ -63,3 +63,13 @@ def test_signs_are_descended_through() -> None:
     with Straight():
         (slope,) = torch.autograd.grad((torch.sign(x) @ torch.tensor([1.0, -3.0])).sum(), x)
     assert slope[0, 0] > 0 > slope[0, 1]
+
+
+def test_outputs_of_comparisons_alone_have_no_gradient_and_are_searched_all_the_same() -> None:
+    net = Single(lambda x: torch.where(x > 0.95, 1.0, 0.0).amax(1, keepdim=True))
+    text = "".join(f"(declare-const X_{i} Real)(assert (and (>= X_{i} 0) (<= X_{i} 1)))" for i in range(2))
+    cases = Cases.of(parse(f"{text}(declare-const Y_0 Real)(assert (>= Y_0 1))"), 1)
+    hunt = Hunt(net, cases, lambda x: bool(x.max() > 0.95), generator(0, "hunt"))
+    assert hunt.round(torch.tensor([0]), Clock(60)) is not None
+    still = Hunt(net, cases, lambda _: False, generator(0, "hunt"))
+    assert still.around(torch.zeros(3, 2), torch.ones(3, 2) * 0.5, torch.zeros(3, dtype=torch.int64), Clock(60)) is None

@@ -146,6 +146,13 @@ def test_version_2_has_numbers_without_a_shape() -> None:
         (HEAD + BOX + "(assert (<= X_0 X_1))", "expected a bound of one input, or a constraint of outputs alone"),
         (HEAD + BOX + "(assert (<= X_0 Y_1))", "expected a bound of one input"),
         (HEAD + BOX + "(asert (<= Y_0 1))", 'form "asert": unknown form; did you mean "assert"?'),
+        (HEAD + BOX + "(assert (<= Y_0 1) (<= Y_1 1))", "assert takes one formula, got 2"),
+        (HEAD + BOX + "(assert (<= Y_0 1e99999))", 'cannot read the number "1e99999"; expected 0.5'),
+        (HEAD + BOX + "(assert (<= Y_0 -0x1p3))", 'cannot read the number "-0x1p3"'),
+        (
+            "(declare-const X_99999999999 Real)(declare-const Y_0 Real)(assert (<= Y_0 1))",
+            "input X_0 has no lower bound",
+        ),
         (HEAD + BOX + "(assert Y_0)", "expected a constraint such as"),
         (HEAD + BOX + "(assert (<= Y_0 1 2))", "<= compares two terms"),
         (HEAD + BOX + "(assert (<= Y_0 inf))", 'unknown variable "inf"'),
