@@ -59,7 +59,7 @@ class Bands:
         self.chain = chain
         shape = chain.ends.inside.low.shape
         middle, radius = (part.flatten(1) for part in chain.ends.inside.split())
-        live = (radius > 0).any(0).nonzero().squeeze(1)
+        self.live = live = (radius > 0).any(0).nonzero().squeeze(1)
         self.columns = len(live) + 1
         columns = middle.new_zeros(len(middle), self.columns, middle.shape[1])
         columns[:, torch.arange(len(live)), live] = radius[:, live]

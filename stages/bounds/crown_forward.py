@@ -14,6 +14,8 @@ from stages.bounds._backward import Chain
 from stages.bounds._forward import Bands
 from stages.bounds._halfspace import offset
 from stages.bounds._interval import UNITS, outward
+from stages.bounds._telling import owed, shares
+from stages.bounds._trace import trace
 from stages.bounds.base import Box, Certifier
 from stages.bounds.ibp import check
 
@@ -23,12 +25,14 @@ class Planes:
     """rows @ logits >= slopes @ x[free] + offset at every point x of the box; `lower` bounds it on all of the box.
 
     lower and offset float64 [B, R], slopes float64 [B, R, F]; free int64 [F] are the entries of the flat image that are
-    not fixed in every box.
+    not fixed in every box. owed [B, R, F]: of what the bound loses, the part that the range of each input is at fault
+    for (`_telling`).
     """
 
     lower: Tensor
     offset: Tensor
     slopes: Tensor
+    owed: Tensor
     free: Tensor
 
 
@@ -48,7 +52,7 @@ class CrownForward(Certifier):
 
     def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
         def lower(some: Box, theirs: Tensor) -> Tensor:
-            chain = self._chain(net, some)
+            chain, _ = self._chain(net, some)
             return outward(_sweep.logits(chain, theirs, self.memory), theirs.dtype, -float("inf"))
 
         return self._grouped(net, box, rows, lower)
@@ -56,18 +60,30 @@ class CrownForward(Certifier):
     def planes(self, net: nn.Module, box: Box, rows: Tensor) -> Planes:
         """The linear functions whose least values are the bounds. Raises what `lower` raises."""
         fixed = (box.low == box.high).flatten(1).all(0)
-        found = self._grouped(net, box, rows, partial(self._planes, net, fixed))
-        return Planes(found[..., 0], found[..., 1], found[..., 2:], (~fixed).nonzero().squeeze(1))
+        found = self._grouped(net, box, rows, partial(self._planes, net, fixed), faults=True)
+        free = (~fixed).nonzero().squeeze(1)
+        last = 2 + len(free)
+        return Planes(found[..., 0], found[..., 1], found[..., 2:last], found[..., last:], free)
 
-    def _grouped(self, net: nn.Module, box: Box, rows: Tensor, lower: Callable[[Box, Tensor], Tensor]) -> Tensor:
+    def _grouped(
+        self,
+        net: nn.Module,
+        box: Box,
+        rows: Tensor,
+        lower: Callable[[Box, Tensor], Tensor],
+        faults: bool = False,
+    ) -> Tensor:
         check(box, rows)
         double = self.double or self.arithmetic == "real"
+        graph = trace(net, box.low)
+        copies = _sweep.COPIES + faults * -(-sum(graph.entries.values()) // max(graph.entries.values()))
         columns = 1 + int((box.low < box.high).flatten(1).any(0).sum())
-        return _sweep.grouped(net, box, rows, lower, self.memory, double, _sweep.COPIES * columns)
+        return _sweep.grouped(net, box, rows, lower, self.memory, double, copies * columns, graph)
 
     def _planes(self, net: nn.Module, fixed: Tensor, box: Box, rows: Tensor) -> Tensor:
-        """[B, R, 2 + F]: lower bound, offset and slopes."""
-        chain = self._chain(net, box)
+        """[B, R, 2 + 2 F]: lower bound, offset, slopes and what is owed to each input."""
+        faults = dict[str, Tensor]()
+        chain, live = self._chain(net, box, faults)
         size = torch.maximum(box.low.abs(), box.high.abs()).double().flatten(1)
         held = torch.where(fixed, box.low.double().flatten(1), 0.0)
         parts: list[Tensor] = []
@@ -80,13 +96,16 @@ class CrownForward(Certifier):
             moved = chain.ends.least(slopes, loss)
             flat = slopes.flatten(2).double()
             start = offset(least, moved, flat, size, loss) + (flat * held).sum(2)
-            parts.append(torch.cat([start.unsqueeze(2), flat[..., ~fixed]], 2))
+            lost = torch.zeros_like(flat)
+            lost[..., live] = owed(chain, faults, watch, len(some), len(live)).double()
+            parts.append(torch.cat([start.unsqueeze(2), flat[..., ~fixed], lost[..., ~fixed]], 2))
             return least
 
         lower = _sweep.logits(chain, rows, self.memory, bound)
         return torch.cat([lower.unsqueeze(2), torch.cat(parts).transpose(0, 1)], 2)
 
-    def _chain(self, net: nn.Module, box: Box) -> Chain:
+    def _chain(self, net: nn.Module, box: Box, faults: dict[str, Tensor] | None = None) -> tuple[Chain, Tensor]:
+        """With all operations followed, and the inputs that move; `faults` is filled with `_telling.shares`."""
         chain = Chain(net, box, UNITS[self.arithmetic], self.double or self.arithmetic == "real")
         bands = Bands(chain)
         for op in chain.graph.ops:
@@ -95,5 +114,8 @@ class CrownForward(Certifier):
                     bands.refine(op)
                     _sweep.tighten(chain, op, self.memory)
                 chain.follow(op)
+                found = None if faults is None else shares(chain, bands, op)
+                if faults is not None and found is not None:
+                    faults[op.result] = found
                 bands.follow(op)
-        return chain
+        return chain, bands.live

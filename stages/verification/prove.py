@@ -17,6 +17,7 @@ _LARGEST = 1 << 13
 _CLOSE = 2e-3
 _SLOW = 1.0  # seconds that a chunk may take
 _FIRST = 128
+_DIRECT = 0.1  # of what a bound moves across a side counts beside what it loses by it
 
 
 def refuted(lower: Tensor, bounds: Tensor) -> Tensor:
@@ -46,7 +47,8 @@ def on_regions(net: nn.Module, cases: Cases, still: Tensor, certifier: Certifier
 class Boxes:
     """Sub-boxes float32 [M, n] of regions int64 [M], and the cases of their region that are open there, bool [M, J].
 
-    `telling` float32 [M, n]: how much the bounds of the box, or of the one it was cut from, depend on each input.
+    `telling` float32 [M, n]: how much the bounds of the box, or of the one it was cut from, suffer by each input, per
+    unit of its width.
     """
 
     low: Tensor
@@ -72,11 +74,12 @@ class Splitting:
 
     A case is met only where all its rows A x + c, below what the network answers, are at most their bounds: so a box is
     first clipped to what such half-spaces leave of it, the smallest box round all that is left for some open case
-    (interval contraction, Jaulin et al. 2001, section 4.2). Telling is the side with the largest |A_i| times width, the
-    row of each open case that is nearest to refuting it counted. Bounds are `quick`; where many miss by less than
-    `_CLOSE` of the outputs' size, `exact` ones are formed for those. Boxes are bounded many at once, the newest first,
-    so that memory stays small; few are cut again before they are bounded. Between chunks a few descents look for a
-    witness in the boxes that are most open. A box whose every side is one step of float32 is not cut any further; then
+    (interval contraction, Jaulin et al. 2001, section 4.2). Telling is the side whose range makes the bound lose most
+    (`_telling`), with a tenth of |A_i| times width, the row of each open case that is nearest to refuting it counted:
+    both halves gain what a bound loses, and clipping has used what it depends on. Bounds are `quick`; where many miss
+    by less than `_CLOSE` of the outputs' size, `exact` ones are formed for those. Boxes are bounded many at once, the
+    newest first, so that memory stays small; few are cut again before they are bounded. Between chunks a few descents
+    look for a witness in the boxes that are most open. A box whose every side is one step of float32 is not cut any further; then
     the answer stays open.
     """
 
@@ -157,7 +160,9 @@ class Splitting:
                 for old, new in zip((found.lower, found.offset), (better.lower, better.offset), strict=True):
                     old[close] = new
                 found.slopes[close] = 0.0
+                found.owed[close] = 0.0
                 columns = torch.searchsorted(found.free, better.free)  # fewer where some inputs are fixed in these
+                found.owed[close.unsqueeze(1), :, columns] = better.owed.transpose(1, 2)
                 found.slopes[close.unsqueeze(1), :, columns] = better.slopes.transpose(1, 2)
         return found
 
@@ -188,6 +193,7 @@ def clipped(some: Boxes, found: Planes, bounds: Tensor) -> Boxes:
     """
     free = found.free
     low, high = some.low[:, free].double(), some.high[:, free].double()
+    wide = torch.where(high > low, high - low, torch.inf)
     ends = torch.stack([found.slopes * low.unsqueeze(1), found.slopes * high.unsqueeze(1)])
     least, size = ends.amin(0).sum(2) + found.offset, ends.abs().amax(0).sum(2) + found.offset.abs()
     steep = torch.where(found.slopes == 0, 1.0, found.slopes.abs())
@@ -207,7 +213,8 @@ def clipped(some: Boxes, found: Planes, bounds: Tensor) -> Boxes:
             torch.where(can.unsqueeze(1), torch.maximum(above, left[1]), left[1]),
         )
         nearest = (found.lower - mine).argmax(1)
-        near = near + can.unsqueeze(1) * found.slopes[torch.arange(len(low)), nearest].abs()
+        place = torch.arange(len(low)), nearest
+        near = near + can.unsqueeze(1) * (_DIRECT * found.slopes[place].abs() + found.owed[place] / wide)
     new_low, new_high, telling = some.low.clone(), some.high.clone(), torch.zeros_like(some.low)
     new_low[:, free] = outward(left[0], some.low.dtype, -torch.inf).clamp(low, high).float()
     new_high[:, free] = outward(left[1], some.high.dtype, torch.inf).clamp(low, high).float()

@@ -124,7 +124,8 @@ def test_planes_that_are_faint_or_no_numbers_leave_what_they_say_nothing_about(
     low, high = torch.zeros(1, 1), torch.full((1, 1), 1e10)
     some = Boxes(low, high, torch.zeros(1), torch.ones(1, 1, dtype=torch.bool), torch.zeros_like(low))
     ends = torch.tensor([[offset]], dtype=torch.float64)
-    found = Planes(torch.full_like(ends, -1.0), ends, torch.full((1, 1, 1), slope).double(), torch.zeros(1).long())
+    slopes = torch.full((1, 1, 1), slope).double()
+    found = Planes(torch.full_like(ends, -1.0), ends, slopes, torch.zeros_like(slopes), torch.zeros(1).long())
     cut = clipped(some, found, torch.full((1, 1, 1), 2e-26, dtype=torch.float64))
     assert bool(cut.still.all())
     assert float(cut.low) == 0

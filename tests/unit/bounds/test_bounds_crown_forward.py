@@ -96,3 +96,19 @@ def test_constants_from_the_left(double: bool) -> None:
         points = x + 0.2 * torch.rand(300, 2, 4, 3, generator=rng) - 0.1
         assert (bound <= Mixed()(points.flatten(0, 1)).unflatten(0, (300, 2)).amin(0)).all()
     assert (bound >= plain - 1e-4).all()
+
+
+def test_inputs_owe_what_their_ranges_make_lines_lose() -> None:
+    """-relu(2 x_0 + x_2) on [-1, 1]^2 and [0, 1]^2, the input between them fixed."""
+    first = nn.Linear(3, 1)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[2.0, 9.0, 1.0]]))
+        first.bias.copy_(torch.tensor([-9.0]))
+    network = nn.Sequential(first, nn.ReLU()).eval()
+    low = torch.tensor([[-1.0, 1.0, -1.0], [0.0, 1.0, 0.0]])
+    high = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    with torch.no_grad():
+        found = CrownForward().planes(network, Box(low, high), -torch.ones(2, 1, 1, dtype=torch.float64))
+    assert found.free.tolist() == [0, 2]
+    # The line above relu on [-3, 3] is 1.5 high in the middle; where no sign is open nothing is lost.
+    torch.testing.assert_close(found.owed[:, 0], torch.tensor([[1.0, 0.5], [0.0, 0.0]]).double(), rtol=0, atol=1e-4)
