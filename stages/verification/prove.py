@@ -79,8 +79,8 @@ class Splitting:
     both halves gain what a bound loses, and clipping has used what it depends on. Bounds are `quick`; where many miss
     by less than `_CLOSE` of the outputs' size, `exact` ones are formed for those. Boxes are bounded many at once, the
     newest first, so that memory stays small; few are cut again before they are bounded. Between chunks a few descents
-    look for a witness in the boxes that are most open. A box whose every side is one step of float32 is not cut any further; then
-    the answer stays open.
+    look for a witness in the boxes that are most open. A box whose every side is one step of float32 is not cut any
+    further; then the answer stays open.
     """
 
     net: nn.Module
