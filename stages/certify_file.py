@@ -14,11 +14,11 @@ from pipeline.core.record import Outcomes
 from stages.bounds.base import Certifier
 from stages.bounds.branch_and_bound import BranchAndBound
 from stages.data.base import Split
-from stages.engine_kernels import otherwise
+from stages.engine_kernels import spelled_out
 from stages.evaluate import OnStep, outputs
 from stages.measure import accuracy
 from stages.method import kinds
-from stages.nn.imported import Twin
+from stages.nn.imported import Twin, imported
 from stages.scene import shares
 from stages.shipped import Shipped
 from stages.threat import Threat
@@ -76,7 +76,9 @@ def certify_file(
         for name in asked
         if name not in able
     ]
-    strange = otherwise(onnx.load_model_from_string(network))
+    model = onnx.load_model_from_string(network)
+    meant, strange = spelled_out(model)
+    twin = twin if meant is model else imported(bytes(meant.SerializeToString()))
     if strange is not None:
         able = {}
         notes.append(f"{file}: nothing is proved, as {strange}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stages.adapter import FLOATS, Adapter, Behind, FileLogits, Form, Layout
-from stages.engine_kernels import otherwise
+from stages.engine_kernels import spelled_out
 from stages.method import InputError
 from stages.nn.imported import LOGITS, imported
 from stages.oracle import Logits
@@ -98,14 +98,17 @@ def opened(path: Path, x: Tensor, form: Form, threads: int) -> Subject:
     if not bool(torch.isfinite(expected).all()):
         bad = int((~torch.isfinite(expected)).any(1).sum())
         raise InputError(f"{path}: its outputs are NaN or infinite for {bad} of {len(probes)} images; repair the model")
+    model = onnx.load(path)
+    meant, strange = spelled_out(model)
+    source = path if meant is model else bytes(meant.SerializeToString())
     try:
-        twin = Behind(adapter, imported(path, wanted, output, before_softmax=True)).eval()
+        twin = Behind(adapter, imported(source, wanted, output, before_softmax=True)).eval()
         gap, text = _agree(twin, probes, expected)
     except InputError as error:
         return replace(subject, why=str(error).removeprefix(f"{path}: "))
     if twin.twin.softmax:
         text += "; the file ends in a softmax, and gradients are taken before it"
-    return replace(subject, twin=twin, gap=gap, text=text, strange=otherwise(onnx.load(path)))
+    return replace(subject, twin=twin, gap=gap, text=text, strange=strange)
 
 
 def _fitted(

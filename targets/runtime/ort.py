@@ -28,12 +28,15 @@ _BATCH = 256
 class OrtEngine:
     """An `.onnx` or `.ort` model; `provider` is the one that took the nodes, not the one that was hoped for.
 
-    `threads` is the number of threads inside one operator; 0 lets onnxruntime take every core.
+    `threads` is the number of threads inside one operator; 0 lets onnxruntime take every core. `keep` is written: the
+    graph that onnxruntime made of the model and runs.
     Raises `MissingRuntime` where the asked provider does not answer, `BundleError` where the model does not load.
     """
 
-    def __init__(self, model: bytes | Path, threads: int = 1, provider: str = CPU) -> None:
+    def __init__(self, model: bytes | Path, threads: int = 1, provider: str = CPU, keep: Path | None = None) -> None:
         options = onnxruntime.SessionOptions()
+        if keep is not None:
+            options.optimized_model_filepath = str(keep)
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3

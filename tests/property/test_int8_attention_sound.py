@@ -13,7 +13,6 @@ from stages.bounds.crown import Crown
 from stages.bounds.crown_ibp import CrownIBP
 from stages.bounds.ibp import IBP
 from stages.bounds.quantised import Quantised
-from stages.engine_kernels import otherwise
 from stages.nn.imported import Twin, imported
 from stages.nn.to_onnx import export
 from stages.seeding import generator
@@ -21,6 +20,7 @@ from targets.passes import _qdq, fold_constants, qdq_int8_cpu
 from targets.passes.base import Kit
 from targets.runtime.ort import OrtEngine
 from tests.property.test_attention_sound import SHAPE, Mask, transformer
+from tests.unit.test_engine_kernels import refusal
 
 NETS: list[tuple[bool, Mask]] = [(True, "none"), (True, "added"), (False, "far")]
 
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("fused", "mask"), NETS)
 def test_no_answer_of_the_file_escapes(fused: bool, mask: Mask, folder: Path) -> None:
     file, twin, engine = ready(fused, mask, folder)
-    assert otherwise(onnx.load_model_from_string(file)) is None
+    assert refusal(file) is None
     x = images("test")[:2]
     rows = lead_rows(twin, x, torch.from_numpy(engine(x.numpy())).argmax(1))
     rng = generator(1, "points")
@@ -86,4 +86,4 @@ def test_codes_cost_little_and_equal_inputs_give_equal_bytes(
 
 def test_scores_among_codes_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(_qdq, "_scores", lambda _: set())
-    assert "softmax of codes" in (otherwise(onnx.load_model_from_string(lowered(True, "none", tmp_path))) or "")
+    assert "softmax of codes" in (refusal(lowered(True, "none", tmp_path)) or "")
