@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _aten = torch.ops.aten
+_SMALL = 2.0  # SELU's factor is 1.76
 
 
 def _variance(
@@ -70,6 +71,14 @@ def _full_like(x: Tensor, value: float, *, dtype: torch.dtype | None = None, **_
     return torch.full(x.shape, value, dtype=dtype or x.dtype, device=x.device)
 
 
+def _elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0, inner: float = 1.0) -> Any:
+    """Whole where it is small below 0. Else what exp loses counts as often as it is multiplied: in its parts, so that
+    the margin of exp is, too."""
+    if alpha * scale <= _SMALL:
+        return NotImplemented
+    return x.relu() * scale + ((x * inner).clamp(max=0).exp() - 1) * (alpha * scale)
+
+
 def _celu(x: Tensor, alpha: float = 1.0) -> Tensor:
     y: Tensor = _aten.elu.default(x, alpha, 1.0, 1.0 / alpha)
     return y
@@ -118,6 +127,7 @@ RULES: Mapping[Any, Callable[..., Any]] = {
     _aten.log_sigmoid_forward.default: _log_sigmoid,
     _aten._log_softmax.default: _log_softmax,
     _aten.full_like.default: _full_like,
+    _aten.elu.default: _elu,
     _aten.celu.default: _celu,
     _aten.prod.dim_int: _products,
     _aten.cumsum.default: _running_sums,

@@ -26,7 +26,6 @@ _WHOLE = (
     _aten.hardswish.default,
     _aten.hardsigmoid.default,
     _aten.gelu.default,
-    _aten.elu.default,
     _aten.leaky_relu.default,
     _aten.softplus.default,
     _aten.adaptive_avg_pool2d.default,

@@ -6,8 +6,11 @@ from contextlib import nullcontext, suppress
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stages.bounds.base import Box, Certifier
+from stages.bounds.crown import Crown
+from stages.bounds.crown_ibp import CrownIBP
 from stages.bounds.ibp import IBP
 from stages.method import InputError
 from stages.seeding import generator
@@ -84,3 +87,18 @@ def test_coefficients_that_underflow_are_not_lost(relu: bool) -> None:
         assert escape(nn.Sequential(*layers).eval(), certifier, Box(-torch.ones(1, 3), torch.ones(1, 3))) <= 0, (
             certifier
         )
+
+
+@pytest.mark.parametrize("alpha", [1.7, 1000.0])
+def test_an_exponential_linear_unit_is_bounded_as_runtimes_compute_it(alpha: float) -> None:
+    """alpha (e^x - 1) with e^x rounded before 1 is taken off, as in onnxruntime: it loses units of alpha, not of x."""
+    x = torch.linspace(-0.3, 0.1, 4000).view(-1, 4)
+    net, ran = Net(lambda x: F.elu(x, alpha)), Net(lambda x: torch.where(x < 0, alpha * (x.exp() - 1), x))
+    ran.last = net.last
+    rows = torch.cat([torch.eye(3), -torch.eye(3)]).double().expand(len(x), -1, -1)
+    with torch.no_grad():
+        seen = torch.cat([ran(x), -ran(x)], 1)
+        for certifier in (IBP(), CrownIBP(), Crown()):
+            lower = certifier.lower(net, Box(x, x), rows)
+            assert bool((lower <= seen).all()), certifier
+            assert float((seen - lower).max()) < 1e-3 * alpha
