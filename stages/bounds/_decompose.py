@@ -84,6 +84,20 @@ def _celu(x: Tensor, alpha: float = 1.0) -> Tensor:
     return y
 
 
+def _sinh(x: Tensor) -> Tensor:
+    """Both parts rise with x, so the interval is that of sinh."""
+    return (x.exp() - (-x).exp()) / 2
+
+
+def _cosh(x: Tensor) -> Tensor:
+    return (x.exp() + (-x).exp()) / 2
+
+
+def _tan(x: Tensor) -> Tensor:
+    """Where the cosine may be zero, the quotient has no rule."""
+    return x.sin() / x.cos()
+
+
 def _products(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
     found = reduce(torch.mul, x.unbind(dim))
     return found.unsqueeze(dim) if keepdim else found
@@ -129,6 +143,9 @@ RULES: Mapping[Any, Callable[..., Any]] = {
     _aten.full_like.default: _full_like,
     _aten.elu.default: _elu,
     _aten.celu.default: _celu,
+    _aten.sinh.default: _sinh,
+    _aten.cosh.default: _cosh,
+    _aten.tan.default: _tan,
     _aten.prod.dim_int: _products,
     _aten.cumsum.default: _running_sums,
     _aten.max.dim: _largest,

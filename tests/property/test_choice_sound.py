@@ -30,6 +30,8 @@ MIDDLES: dict[str, Callable[[Tensor], Tensor]] = {
     "whole": lambda x: torch.floor(3 * x) + torch.ceil(x) - torch.trunc(5 * x),
     "powers": lambda x: (x.abs() + 0.3) ** 1.7 + (x.abs() + 0.3) ** -1.3 + (x.abs() + 0.1) ** 2.6,
     "celu": lambda x: F.celu(x, 0.6),
+    "hyperbolic": lambda x: torch.sinh(x) - torch.cosh(x.flip(1)),
+    "tangent": lambda x: torch.tan(x.clamp(-1.2, 1.2)),
     "running": lambda x: x.cumsum(1) - x.cumsum(3),
     "products": lambda x: x.prod(1, keepdim=True) + x,
     "extremes": lambda x: x.max(1, keepdim=True).values * 0.5 + x.min(2, keepdim=True).values - x,

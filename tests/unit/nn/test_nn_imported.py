@@ -116,8 +116,8 @@ def _graph(*nodes: onnx.NodeProto, inputs: int = 1, opset: int = 20) -> bytes:
             'node "n7": operator my\\.ops\\.HardMax has no torch twin',
         ),
         (
-            _graph(helper.make_node("Tan", ["x0"], ["y"], name="wave")),
-            'node "wave": operator Tan has no torch twin.*add it to stages/nn/_onnx_ops.py',
+            _graph(helper.make_node("Acosh", ["x0"], ["y"], name="wave")),
+            'node "wave": operator Acosh has no torch twin.*add it to stages/nn/_onnx_ops.py',
         ),
         (_graph(helper.make_node("Add", ["x0", "x1"], ["y"]), inputs=2), "expected one input and one output .*, got 2"),
         (_graph(helper.make_node("Relu", ["x0"], ["y"]), opset=6), "expected opset 7 or newer, got 6"),
