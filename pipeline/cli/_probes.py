@@ -36,7 +36,7 @@ ONNXRUNTIME = f"""
 import base64, json, sys
 import onnxruntime as ort
 ort.set_default_logger_severity(4)
-model, works = base64.b64decode("{_IDENTITY}"), []
+model, works, failed = base64.b64decode("{_IDENTITY}"), [], "no provider is compiled in"
 for name in ort.get_available_providers():
     if name.startswith("Azure"):
         continue  # somebody else's machine
@@ -44,10 +44,13 @@ for name in ort.get_available_providers():
         continue  # without a driver these may crash the process instead of saying so
     try:
         used = ort.InferenceSession(model, providers=[name]).get_providers()[0]
-    except Exception:
+    except Exception as error:
+        failed = name + ": " + (str(error).strip().splitlines() or [type(error).__name__])[0]
         continue
     if used == name:
         works.append(name.removesuffix("ExecutionProvider"))
+if not works:
+    raise SystemExit(failed)
 print(json.dumps(works))
 """
 

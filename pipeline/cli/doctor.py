@@ -147,7 +147,7 @@ def _runtimes(driver: bool) -> Iterator[Finding]:
     group, has = "runtimes, and what they would really use", "yes" if driver else "none"
     if any(_installed.version(name) for name in _RUNTIMES["onnxruntime"]):
         works, why = _probes.ask(_probes.ONNXRUNTIME, has)
-        state, text = ("ok", ", ".join(works)) if works else ("warning", f"does not run: {why or 'no provider works'}")
+        state, text = ("ok", ", ".join(works)) if works else ("warning", f"does not run: {why}")
         yield Finding(group, state, "onnxruntime", text, "" if works else "pip install --force-reinstall onnxruntime")
     else:
         yield Finding(group, "missing", "onnxruntime", "", _installed.how("cpu"))

@@ -1,6 +1,5 @@
 """`doctor`: what it reads off this machine is checked against the machine; what it warns of is planted."""
 
-import json
 import os
 import platform
 import sys
@@ -143,8 +142,14 @@ def test_extras_are_those_of_the_project() -> None:
     assert ("tensorrt-rtx", ">=1.7,<2") in table["rtx"]
 
 
-def test_the_identity_model_is_one(tmp_path: Path) -> None:
+def test_the_identity_model_is_one() -> None:
     answer, why = _probes.ask(_probes.ONNXRUNTIME, "none")
     assert why == ""
     assert "CPU" in answer
-    assert json.dumps(answer)
+
+
+def test_an_onnxruntime_that_runs_nothing_says_why() -> None:
+    assert _probes._IDENTITY in _probes.ONNXRUNTIME
+    answer, why = _probes.ask(_probes.ONNXRUNTIME.replace(_probes._IDENTITY, "AAAA"), "none")
+    assert answer is None
+    assert why.startswith("CPUExecutionProvider: [ONNXRuntimeError]")

@@ -121,8 +121,17 @@ def _graph(*nodes: onnx.NodeProto, inputs: int = 1, opset: int = 20) -> bytes:
         ),
         (_graph(helper.make_node("Add", ["x0", "x1"], ["y"]), inputs=2), "expected one input and one output .*, got 2"),
         (_graph(helper.make_node("Relu", ["x0"], ["y"]), opset=6), "expected opset 7 or newer, got 6"),
+        (
+            _graph(
+                helper.make_node("Constant", [], ["four"], value_floats=[1.0] * 4),
+                helper.make_node("Constant", [], ["three"], value_floats=[1.0] * 3),
+                helper.make_node("Add", ["four", "three"], ["sum"]),
+                helper.make_node("Add", ["x0", "sum"], ["y"]),
+            ),
+            "its torch twin does not run on .*size of tensor a",
+        ),
     ],
-    ids=["text", "foreign domain", "unknown operator", "two inputs", "old opset"],
+    ids=["text", "foreign domain", "unknown operator", "two inputs", "old opset", "constants that do not fit"],
 )
 def test_what_has_no_twin_is_refused_with_a_reason(source: bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
