@@ -338,7 +338,7 @@ def _formula(here: Case, kind: str, images: int) -> str:
         return ""
     held, row = sum(graph.entries.values()), max(graph.entries.values())
     size = min(_sweep.fitting(graph, 4, 2.0), images)
-    rows = max(1, 2**22 // (4 * size * row))
+    rows = max(1, 2**23 // (4 * size * row))
     coefficients = max(4 * size * 6 * rows * row, _neurons.COPIES * 2**22 if kind == "crown" else 0)
     return f"{(4 * size * 16 * held + coefficients) / 2**20:,.0f}"
 

@@ -32,6 +32,7 @@ _DIAGONAL = frozenset(
     {"_native_batch_norm_legit_no_training", "getitem", "mul", "div", "add", "sub", "neg", "view", "_unsafe_view"}
     | {"reshape", "permute", "squeeze", "unsqueeze", "clone", "alias", "detach", "_to_copy", "slice", "select", "flip"}
 )
+_PAYING = _linear.COPIES | {"add", "sub", "convolution", "addmm", "getitem", "_native_batch_norm_legit_no_training"}
 # A chain is given, not kept: with one in its own front it would stay in memory until the collector comes.
 Pull = Callable[["Chain", Tensor, Tensor | None], tuple[_linear.Pulled, Tensor]]
 
@@ -62,13 +63,18 @@ class Chain:
         self.sharp: dict[str, int] = {} if box.ball else {self.graph.input: 2}
         self.tight: set[str] = set()
         self.empty = torch.zeros(self.batch, dtype=torch.bool, device=box.low.device)
-        self.faint = TINY * torch.ones(self.batch, dtype=torch.float64, device=box.low.device)  # [B]
+        self._faint = torch.full((self.batch,), TINY, dtype=torch.float64, device=box.low.device)
+        self._small: list[Tensor] = []
         # Linear results whose slack covers what a ReLU's line makes of it, too (`_lined.relu`).
         self.paid: set[str] = set()
         self.mosts: dict[str, Tensor] = {}
         self._insides: dict[str, tuple[Tensor, Tensor]] = {}
         self._counts: set[str] = set()
         self._linear: dict[str, bool] = {}
+        self._before_relu: set[str] = set()
+        for op in reversed(self.graph.ops):
+            if op.kind == "relu" or (op.result in self._before_relu and op.kind in _PAYING):
+                self._before_relu.update(op.reads())
         self.reads: dict[str, int] = {}
         for op in self.graph.ops:
             for name in op.reads():
@@ -97,9 +103,17 @@ class Chain:
             self._draw(op)
         entries = 8 * self.shape(op.result).numel() / self.batch * torch.finfo(self.kind).tiny
         for name in self.operands(op):
-            self.faint = self.faint + entries * self.graph.entries[name] * _slack.most(self, name)
+            self._small.append((entries * self.graph.entries[name]) * _slack.most(self, name))
         if op.kind == "relu":
             self.mosts[op.result] = self.mosts[op.reads()[0]]
+
+    @property
+    def faint(self) -> Tensor:
+        """[B] float64"""
+        if self._small:
+            self._faint = self._faint + torch.stack([small.expand(self.batch) for small in self._small]).sum(0)
+            self._small = []
+        return self._faint
 
     def is_linear(self, op: Op) -> bool:
         if op.result not in self._linear:
@@ -152,7 +166,8 @@ class Chain:
                 pulled, bias = self.fronts[op.result](self, here, None if lower is None else lower.get(op.result))
                 total = total + bias
             else:
-                self._pull(op, here, waiting)
+                more = self._pull(op, here, waiting)
+                total = total if more is None else total + more
             if push is not None and op.result in push:
                 total = total + self._pushed(op.reads()[0], pulled, push[op.result])
             _add(waiting, pulled)
@@ -161,20 +176,23 @@ class Chain:
         total = self._closed(total, waiting)
         return total if least is None else torch.maximum(total, least)
 
-    def _pull(self, op: Op, here: Any, waiting: dict[str, Any]) -> None:
-        """Moves the coefficients of a linear operation's result to what it reads."""
+    def _pull(self, op: Op, here: Any, waiting: dict[str, Any]) -> Tensor | None:
+        """Moves the coefficients of a linear operation's result to what it reads; [R, B]: what they give on the way."""
         if op.kind == "getitem":
             source = waiting.setdefault(op.reads()[0], {})
             source[op.args[1]] = source[op.args[1]] + here if op.args[1] in source else here
         else:
-            _add(waiting, _linear.pull(op, self.values, here))
+            # What a convolution makes belongs to nobody else.
+            _add(waiting, _linear.pull(op, self.values, here), op.kind == "convolution" and not torch.is_grad_enabled())
+        return None
 
     def _boxed(self, total: Tensor, waiting: dict[str, Any]) -> Tensor:
         """The bound with all that comes before by its box; `waiting` stays as it is."""
         waiting = {name: dict(here) if isinstance(here, dict) else here for name, here in waiting.items()}
         for op in reversed(self.done):
             if op.result in waiting and op.result not in self.fronts:
-                self._pull(op, waiting.pop(op.result), waiting)
+                more = self._pull(op, waiting.pop(op.result), waiting)
+                total = total if more is None else total + more
         return self._closed(total, waiting)
 
     def _closed(self, total: Tensor, waiting: dict[str, Any]) -> Tensor:
@@ -248,9 +266,9 @@ class Chain:
         terms = slopes * weights
         for others, theirs in more:
             terms = terms.addcmul_(others, theirs)
-        return _lined.blocked(self._entries(name, terms))
+        return _lined.blocked(self.entries(name, terms))
 
-    def _entries(self, name: str, terms: Tensor) -> Tensor:
+    def entries(self, name: str, terms: Tensor) -> Tensor:
         """`flat` in whatever order, so that channels-last terms need no copy."""
         if terms.dim() == 5 and self.graph.stride(name) == terms[0, 0].numel():
             terms = terms.permute(0, 1, 3, 4, 2)
@@ -271,6 +289,9 @@ class Chain:
                 self.paid.add(op.result)
             return
         names = self.operands(op)
+        known = self.offset.keys() | self.slack.keys()
+        if op.kind in _linear.COPIES and self.readers(op.result) == 1 and not known & set(names):
+            return
         if op.kind in {"convolution", "addmm"} and not self.offset.keys() & set(names):
             bias = args[2 if op.kind == "convolution" else 0]
             if bias is not None:
@@ -278,17 +299,17 @@ class Chain:
                 column = bias.view(-1, *(1,) * (len(shape) - 2)) if op.kind == "convolution" else bias
                 self.offset[op.result] = column.expand(shape)
         elif op.kind in {"add", "sub", "_native_batch_norm_legit_no_training"} and _slack.alike(self, op):
-            thin = {name: _slack.thin(self._offset(name)) for name in names}
+            thin = {name: _slack.thin(self.offset_of(name)) for name in names}
             found = op.target(*fill(op.args, {**self.values, **thin}), **kwargs)
             offset = found[0] if isinstance(found, tuple) else found
             wide = offset.expand(self.shape(op.result))
             self.offset[op.result] = (wide, *found[1:]) if isinstance(found, tuple) else wide
         else:
-            zero = {**self.values, **{name: self._offset(name) for name in names}}
+            zero = {**self.values, **{name: self.offset_of(name) for name in names}}
             self.offset[op.result] = op.target(*fill(op.args, zero), **kwargs)
         self.slack[op.result] = self._new_slack(op, args, kwargs)
 
-    def _offset(self, name: str) -> Tensor:
+    def offset_of(self, name: str) -> Tensor:
         offset: Tensor | None = self.offset.get(name)
         return self.values[name].low.new_zeros(()).expand(self.shape(name)) if offset is None else offset
 
@@ -298,39 +319,14 @@ class Chain:
         Beyond (g + g') S, a paid slack holds what `_lined.relu` asks for: 30 units of the value and of its offset, and
         what sums over blocks lose of the offset.
         """
-        result, names = self.values[op.result], self.operands(op)
+        names = self.operands(op)
         sums = gamma(_linear.products(op, self.values, self.shape(op.result), self.batch) + 4, self.own)
         ready = all(name in self.paid or not (name in self.slack or name in self.offset) for name in names)
+        ready = ready and op.result in self._before_relu
         if ready and (_ops.is_affine(op, args) or (op.kind in {"add", "sub"} and _slack.alike(self, op))):
             self.paid.add(op.result)
             return _slack.paid(self, op, args, kwargs, sums + 30 * self.own)
-        before = {name: self._offset(name) for name in names}
-        old = {name: self.slack.get(name, torch.zeros_like(self.values[name].low)) for name in before}
-        size = {name: self.values[name].size() + before[name].abs() for name in before}
-        if _ops.is_affine(op, args):
-            piece = _ops.parts(op, args, kwargs)
-            share = self.share(piece.terms) + sums
-            [name] = before
-            spread = piece.magnitude(old[name] + share * size[name]) + share * piece.offset
-            slack = (1 + 4 * share) * spread + TINY
-            return (slack, *result[1:]) if isinstance(result, tuple) else self.fans(op, slack)
-        if op.kind in {"add", "sub"}:
-            share = self.share(2) + sums
-            parts = [(old[n], size[n]) for n in (getattr(arg, "name", None) for arg in op.args[:2]) if n in before]
-            fixed = [torch.as_tensor(a).abs() for a in args[:2] if not isinstance(a, Interval)]
-            total = sum(e + share * s for e, s in parts) + share * sum(fixed)
-            return self.fans(op, (1 + 4 * share) * total + TINY)
-        # The rest only moves entries about; where the transpose sums copies of one, that sum rounds. Constants that
-        # are moved along have no slack.
-        if op.kind in _linear.COPIES and set(names) <= self.paid:
-            self.paid.add(op.result)
-        moved = {name: (1 + 4 * sums) * (old[name] + sums * size[name]) for name in before}
-        if op.kind == "constant_pad_nd":
-            return self.fans(op, op.target(moved[op.reads()[0]], args[1]))
-        if op.kind == "neg":
-            return self.fans(op, moved[op.reads()[0]])
-        still = {name: _none(self.values[name]) for name in op.reads() if name not in moved}
-        return self.fans(op, op.target(*fill(op.args, {**self.values, **still, **moved}), **kwargs))
+        return _slack.general(self, op, args, kwargs, sums)
 
     def share(self, terms: int) -> float:
         """The network's rounding in a sum of so many products, and ours where its offset is formed."""
@@ -341,7 +337,7 @@ class Chain:
         extra = 4 * self.own * (self.readers(op.result) - 1)
         if extra <= 0 or not isinstance(slack, Tensor):
             return slack
-        return slack + extra * (self.values[op.result].size() + self._offset(op.result).abs())
+        return slack + extra * (self.values[op.result].size() + self.offset_of(op.result).abs())
 
     def _draw(self, op: Op) -> None:
         special = SPECIAL.get(op.kind)
@@ -374,7 +370,7 @@ class Chain:
     def folded(self, name: str, op: Op, kind: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """Offset and slack of an operand, with what its coefficient loses when it is formed."""
         box = self.values[name]
-        offset = self._offset(name).to(kind)
+        offset = self.offset_of(name).to(kind)
         sums = gamma(_linear.products(op, self.values, self.shape(op.result), self.batch) + 4, self.own)
         slack = self.slack.get(name, torch.zeros_like(box.low)).to(kind)
         return offset, 1.001 * slack + (2 * sums + 16 * self.own) * (box.size().to(kind) + offset.abs())
@@ -382,16 +378,13 @@ class Chain:
     def reach(self, name: str) -> Tensor:
         """No less than what a value and its offset are made of, float64."""
         size: Tensor = self.values[name].size().double()
-        return size + self._offset(name).double().abs()
+        return size + self.offset_of(name).double().abs()
 
 
-def _add(waiting: dict[str, Any], parts: _linear.Pulled) -> None:
+def _add(waiting: dict[str, Any], parts: _linear.Pulled, fresh: bool = False) -> None:
     for name, part in parts.items():
-        waiting[name] = waiting[name] + part if name in waiting else part
-
-
-def _none(value: Any) -> Any:
-    return torch.zeros_like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+        before = waiting.get(name)
+        waiting[name] = part if before is None else part.add_(before) if fresh else before + part
 
 
 SPECIAL: dict[str, Callable[[Chain, Op], Pull]] = {}

@@ -29,6 +29,11 @@ class Interval:
         found._size.append(high)
         return found
 
+    @property
+    def positive(self) -> bool:
+        """Whether it was made by `above_zero`."""
+        return bool(self._size) and self._size[0] is self.high
+
     def size(self) -> Tensor:
         """The largest absolute value inside."""
         if not self._size:  # every reader of a value asks for it

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.bounds import _layout, _ops, _phases
+from stages.bounds import _layout, _ops, _phases, _stored
 from stages.bounds._interval import Interval
 from stages.bounds._trace import Op, fill
 
@@ -32,7 +32,7 @@ def pull(op: Op, values: dict[str, Any], slopes: Any) -> Pulled:
         if op.kind != "_native_batch_norm_legit_no_training":
             return _by_autograd(op, values, slopes)
         slopes = slopes[0]
-    rule = _RULES.get(op.kind)
+    rule = _mean if _of_pixels(op, args) else _RULES.get(op.kind)
     if op.kind in COPIES and isinstance(args[0], Interval):
         return {op.args[0].name: _layout.alike(slopes.reshape(len(slopes), *args[0].low.shape), args[0].low)}
     return _by_autograd(op, values, slopes) if rule is None else rule(op, args, slopes)
@@ -101,14 +101,14 @@ def narrow(weight: Tensor, stride: list[int], dilation: list[int]) -> bool:
     return (
         weight.dim() == 4
         and weight.shape[1] <= _FEW
-        and weight[0].numel() <= len(weight) * math.prod(each(stride, 2))
+        and weight.shape[1:].numel() <= len(weight) * math.prod(each(stride, 2))
         and math.prod(dilation) == 1
     )
 
 
 def _skips(weight: Tensor, stride: list[int], padding: list[int]) -> bool:
     """Whether a convolution reads single pixels and steps over others."""
-    return weight.dim() == 4 and weight[0, 0].numel() == 1 < math.prod(each(stride, 2)) and not any(padding)
+    return weight.dim() == 4 and weight.shape[2:].numel() == 1 < math.prod(each(stride, 2)) and not any(padding)
 
 
 def _folded(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
@@ -128,14 +128,7 @@ def each(value: Any, space: int) -> list[int]:
 
 
 def _batch_norm(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
-    return {op.args[0].name: slopes * norm_scale(args).view(-1, *(1,) * (args[0].low.dim() - 2))}
-
-
-def norm_scale(args: tuple[Any, ...]) -> Tensor:
-    """[C]: what a normalisation by stored statistics multiplies each channel by."""
-    _, weight, _, _, var, _, eps = args
-    scale: Tensor = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
-    return scale
+    return {op.args[0].name: slopes * _stored.scale(args).view(-1, *(1,) * (args[0].low.dim() - 2))}
 
 
 def _addmm(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
@@ -168,6 +161,20 @@ def _neg(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
 def _scale(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
     place = 0 if isinstance(args[0], Interval) else 1
     return {op.args[place].name: sum_to(slopes * args[1 - place], args[place].low.shape)}
+
+
+def _mean(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
+    """A mean over pixels, as each one's share."""
+    x: Tensor = args[0].low
+    wide = (slopes / x[0, 0].numel()).reshape(*slopes.shape[:3], 1, 1).expand(len(slopes), *x.shape)
+    return {op.args[0].name: _layout.alike(wide, x)}
+
+
+def _of_pixels(op: Op, args: tuple[Any, ...]) -> bool:
+    """Whether the result is the mean of each channel's pixels."""
+    if op.kind == "mean":
+        return args[0].low.dim() == 4 and len(args) > 1 and sorted(dim % 4 for dim in args[1] or ()) == [2, 3]
+    return op.kind == "_adaptive_avg_pool2d" and args[0].low.dim() == 4 and list(args[1]) == [1, 1]
 
 
 def _over(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:

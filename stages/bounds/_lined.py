@@ -56,10 +56,10 @@ def _rises(lines: _relax.Lines) -> dict[str, Tensor]:
 def blocked(rows: Tensor) -> Tensor:
     """Sums over the last dimension, in blocks and then in float64."""
     whole = rows.shape[-1] // BLOCK * BLOCK
-    total: Tensor = rows[..., whole:].sum(-1).double()
-    if whole:
-        total = total + rows[..., :whole].reshape(*rows.shape[:-1], -1, BLOCK).sum(-1).sum(-1, dtype=torch.float64)
-    return total
+    if not whole:
+        return rows.sum(-1).double()
+    total: Tensor = rows[..., :whole].reshape(*rows.shape[:-1], -1, BLOCK).sum(-1).sum(-1, dtype=torch.float64)
+    return total if whole == rows.shape[-1] else total + rows[..., whole:].sum(-1)
 
 
 def elementwise(chain: "Chain", op: Op, lines: _relax.Lines) -> Lined:

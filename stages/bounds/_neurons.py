@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.bounds import _linear
+from stages.bounds import _linear, _stored
 from stages.bounds._backward import Chain
 from stages.bounds._interval import TINY, Interval
 from stages.bounds._lined import Lined, blocked
@@ -277,7 +277,7 @@ class Neurons:
                     found[arg.name] = self._both(arg.name, found[arg.name], part) if arg.name in found else part
             return found
         if op.kind == _NORM and len(self.chain.shape(op.result)) == 4:
-            return {operands[0]: One(scale * _linear.norm_scale(args)[self.channel])}
+            return {operands[0]: One(scale * _stored.scale(args)[self.channel])}
         frame = self._frame(op.result)
         if op.kind != "convolution" or frame is None or args[8] != 1 or math.prod(args[5]) != 1:
             return None

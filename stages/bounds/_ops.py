@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.bounds import _attention, _choice, _logsumexp, _norms, _waves
+from stages.bounds import _attention, _choice, _logsumexp, _norms, _stored, _waves
 from stages.bounds._interval import FOLDED, TINY, Interval, Rounding, bounded, high_ends, low_ends
 from stages.bounds._trace import Op
 from stages.method import InputError
@@ -127,6 +127,8 @@ def _move(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _affine(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Any:
+    if op.kind == "_native_batch_norm_legit_no_training":
+        return _stored.interval(args, rounding)
     piece = parts(op, args, kwargs)
     [x] = bounded(args)
     middle = (x.low + x.high).mul_(0.5)
@@ -137,7 +139,9 @@ def _affine(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rou
         centre, tail = centre[0], centre[1:]
     share = rounding.share(piece.terms)
     # (1 + s) |L| (r + s |m|) >= |L| (r + s (|m| + r)); the units that `share` keeps for r pay for one half of it.
-    spread = piece.margin((x.high - middle).add_(middle.abs(), alpha=share), share * piece.offset + TINY)
+    radius = torch.sub(x.high, middle, alpha=1 - share if x.positive else 1)
+    spread = radius if x.positive else radius.add_(middle.abs(), alpha=share)
+    spread = piece.margin(spread, share * piece.offset + TINY)
     low, high = torch.sub(centre, spread, alpha=1 + share), torch.add(centre, spread, alpha=1 + share)
     if op.kind in _KEEPING and bool((x.low >= 0).all()):  # however it rounds
         factors = [torch.as_tensor(arg) >= 0 for arg in args if op.kind in {"mul", "div"} and arg is not x]
@@ -165,11 +169,8 @@ def _convolution(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts
 
 def _batch_norm(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
     del op, kwargs
-    x, weight, bias, mean, var, _, eps = args
-    shape = (1, -1, *(1,) * (x.low.dim() - 2))
-    scale = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
-    offset = (mean * scale).abs() if bias is None else (mean * scale).abs() + bias.abs()
-    return Parts(lambda r: r * scale.abs().view(shape), offset.view(shape), 8)
+    scale, size = (part.view(-1, *(1,) * (args[0].low.dim() - 2)) for part in (_stored.scale(args), _stored.size(args)))
+    return Parts(lambda r: r * scale.abs(), size, _stored.TERMS)
 
 
 def _addmm(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
@@ -252,10 +253,11 @@ def _sum(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Roundi
         _attention.check_mask(op, a, b)
     if op.kind == "sub":
         b = Interval(-b.high, -b.low)
-    # x - s |x| rises with x, so each end pays for itself; and stays at least 0 where both operands do.
+    # A sum of two is off by a share of itself, and y - s |y| rises with y, so each end pays for itself; and stays at
+    # least 0 where both operands do.
     share = rounding.share(1)
-    margins = [torch.add(one.abs(), two.abs()) for one, two in ((a.low, b.low), (a.high, b.high))]
-    return Interval((a.low + b.low).sub_(margins[0], alpha=share), (a.high + b.high).add_(margins[1], alpha=share))
+    low, high = a.low + b.low, a.high + b.high
+    return Interval(torch.sub(low, low.abs(), alpha=share), torch.add(high, high.abs(), alpha=share))
 
 
 def _neg(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:

@@ -94,11 +94,14 @@ def fill(tree: Any, values: Mapping[str, Any]) -> Any:
     """`tree` with every `Ref` replaced by its value."""
     if isinstance(tree, Ref):
         return values[tree.name]
-    if isinstance(tree, list | tuple):
-        return type(tree)([fill(branch, values) for branch in tree])
+    if isinstance(tree, list | tuple):  # asked for all the time: leaves take no call of their own
+        return type(tree)([fill(branch, values) if isinstance(branch, _BRANCHES) else branch for branch in tree])
     if isinstance(tree, dict):
         return {key: fill(branch, values) for key, branch in tree.items()}
     return tree
+
+
+_BRANCHES = (Ref, list, tuple, dict)
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]

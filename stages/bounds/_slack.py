@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stages.bounds import _ops
+from stages.bounds import _linear, _ops
 from stages.bounds._interval import TINY, Interval, gamma
-from stages.bounds._trace import Op
+from stages.bounds._trace import Op, fill
 
 if TYPE_CHECKING:
     from stages.bounds._backward import Chain
@@ -37,6 +37,42 @@ def paid(chain: "Chain", op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], 
     spread = torch.add(chain.slack[name], size, alpha=share) if name in chain.slack else share * size
     slack = piece.margin(spread, once, grown)
     return (slack, *result[1:]) if isinstance(result, tuple) else chain.fans(op, slack)
+
+
+def general(chain: "Chain", op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], sums: float) -> Any:
+    """The slack of any linear result, not `Chain.paid`."""
+    result, names = chain.values[op.result], chain.operands(op)
+    before = {name: chain.offset_of(name) for name in names}
+    old = {name: chain.slack.get(name, torch.zeros_like(chain.values[name].low)) for name in before}
+    size = {name: chain.values[name].size() + before[name].abs() for name in before}
+    if _ops.is_affine(op, args):
+        piece = _ops.parts(op, args, kwargs)
+        share = chain.share(piece.terms) + sums
+        [name] = before
+        spread = piece.magnitude(old[name] + share * size[name]) + share * piece.offset
+        slack = (1 + 4 * share) * spread + TINY
+        return (slack, *result[1:]) if isinstance(result, tuple) else chain.fans(op, slack)
+    if op.kind in {"add", "sub"}:
+        share = chain.share(2) + sums
+        parts = [(old[n], size[n]) for n in (getattr(arg, "name", None) for arg in op.args[:2]) if n in before]
+        fixed = [torch.as_tensor(a).abs() for a in args[:2] if not isinstance(a, Interval)]
+        total = sum(e + share * s for e, s in parts) + share * sum(fixed)
+        return chain.fans(op, (1 + 4 * share) * total + TINY)
+    # The rest only moves entries about; where the transpose sums copies of one, that sum rounds. Constants that
+    # are moved along have no slack.
+    if op.kind in _linear.COPIES and set(names) <= chain.paid:
+        chain.paid.add(op.result)
+    moved = {name: (1 + 4 * sums) * (old[name] + sums * size[name]) for name in before}
+    if op.kind == "constant_pad_nd":
+        return chain.fans(op, op.target(moved[op.reads()[0]], args[1]))
+    if op.kind == "neg":
+        return chain.fans(op, moved[op.reads()[0]])
+    still = {name: _none(chain.values[name]) for name in op.reads() if name not in moved}
+    return chain.fans(op, op.target(*fill(op.args, {**chain.values, **still, **moved}), **kwargs))
+
+
+def _none(value: Any) -> Any:
+    return torch.zeros_like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def alike(chain: "Chain", op: Op) -> bool:

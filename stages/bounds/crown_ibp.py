@@ -3,11 +3,13 @@
 from functools import partial
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from stages.bounds import _sweep
 from stages.bounds._backward import Chain
+from stages.bounds._channels import Channelwise
 from stages.bounds._interval import UNITS, outward
 from stages.bounds._trace import Trace, trace
 from stages.bounds.base import Box, Certifier
@@ -28,7 +30,8 @@ class CrownIBP(Certifier):
     `memory` caps what all that takes, in GiB, by splitting images and rows; the formula is in `_sweep`. Raises
     `TooLittleMemory` where one image and one row do not fit.
     Source: Zhang et al., "Towards Stable and Efficient Training of Verifiably Robust Neural Networks", 2020, section 3.
-    Departures: rounding; the maximum with IBP; no loss fusion. Differentiable in the weights.
+    Departures: rounding, whose slack is one number for a channel where no gradients are asked for (`_channels`); the
+    maximum with IBP; no loss fusion. Differentiable in the weights.
     """
 
     arithmetic: Literal["real", "float32"] = "float32"
@@ -42,6 +45,9 @@ class CrownIBP(Certifier):
         return _sweep.grouped(net, box, rows, partial(self._lower, net, graph), self.memory, double, graph=graph)
 
     def _lower(self, net: nn.Module, graph: Trace, box: Box, rows: Tensor) -> Tensor:
-        chain = Chain(net, box, UNITS[self.arithmetic], self.arithmetic == "real", graph)
-        _sweep.follow(chain)
-        return outward(_sweep.logits(chain, rows, self.memory), rows.dtype, -float("inf"))
+        gradients = any(value.requires_grad for value in (*net.parameters(), box.low, box.high, rows))
+        kind = Chain if torch.is_grad_enabled() and gradients else Channelwise
+        with torch.set_grad_enabled(kind is Chain):
+            chain = kind(net, box, UNITS[self.arithmetic], self.arithmetic == "real", graph)
+            _sweep.follow(chain)
+            return outward(_sweep.logits(chain, rows, self.memory), rows.dtype, -float("inf"))

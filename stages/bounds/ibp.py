@@ -89,7 +89,10 @@ def check(box: Box, rows: Tensor) -> None:
     if any(end.dtype not in FLOATS for end in (box.low, box.high)):
         kinds = f"{box.low.dtype}, {box.high.dtype}"
         raise InputError(f"box: expected float32 or float64, got {kinds}; pixels of bytes are divided by 255 first")
-    if not bool((torch.isfinite(box.low) & torch.isfinite(box.high) & (box.low <= box.high)).all()):
+    finite = all(bool(torch.isfinite(end.detach().sum())) for end in (box.low, box.high)) or all(
+        bool(torch.isfinite(end).all()) for end in (box.low, box.high)
+    )
+    if not finite or not bool((box.low <= box.high).all()):
         raise InputError("box: expected finite bounds with low <= high for every pixel")
     if box.ball is not None:
         _check_ball(box.ball, box.low)

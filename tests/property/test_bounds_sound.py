@@ -9,9 +9,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from stages.bounds import _ops, _relax
+from stages.bounds import _ops, _relax, _stored
 from stages.bounds._backward import Chain
-from stages.bounds._interval import Interval
+from stages.bounds._interval import Interval, Rounding
 from stages.bounds._trace import Op
 from stages.bounds.base import FOLDER, Bounds, Box, Certifier
 from stages.bounds.crown import Crown
@@ -160,13 +160,14 @@ def _signed_weights(patch: pytest.MonkeyPatch) -> None:
 
 
 def _half_radius(patch: pytest.MonkeyPatch) -> None:
-    honest = _ops._PARTS["_native_batch_norm_legit_no_training"]
+    honest = _stored.interval
 
-    def rule(op: object, args: tuple[object, ...], kwargs: dict[str, object]) -> _ops.Parts:
-        fair = honest(op, args, kwargs)  # type: ignore[arg-type]
-        return replace(fair, magnitude=lambda r: 0.5 * fair.magnitude(r))
+    def rule(args: tuple[object, ...], rounding: Rounding) -> tuple[Interval, Tensor, Tensor]:
+        found, *rest = honest(args, rounding)
+        middle, radius = found.split()
+        return Interval(middle - radius / 2, middle + radius / 2), *rest  # type: ignore[return-value]
 
-    patch.setitem(_ops._PARTS, "_native_batch_norm_legit_no_training", rule)
+    patch.setattr(_stored, "interval", rule)
 
 
 def _monotone_silu(patch: pytest.MonkeyPatch) -> None:
