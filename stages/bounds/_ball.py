@@ -61,8 +61,7 @@ class Ends:
     def _box(self, slopes: Tensor, loss: float) -> Tensor:
         """Terms a m - |a| r' in the precision of the slopes, summed in float64; r' pays for what all that may lose."""
         middle, wide = self.parts(loss)
-        found = [_summed((some * middle).addcmul_(some.abs(), wide, value=-1)) for some in _layout.tiles(slopes)]
-        return torch.cat(found) - TINY
+        return _summed((slopes * middle).addcmul_(slopes.abs(), wide, value=-1)) - TINY
 
     def parts(self, loss: float) -> tuple[Tensor, Tensor]:
         """m and r' of the box."""

@@ -41,9 +41,10 @@ class Channelwise(Chain):
         self.thins: dict[str, Tensor] = {}
         self._near: set[str] = set()
         self.settled: dict[str, tuple[Tensor, Tensor]] = {}
-        # As they came: three channels last make short loops.
-        low, high = outward(box.low, self.kind, -torch.inf), outward(box.high, self.kind, torch.inf)
-        self.values[self.graph.input] = Interval(low.contiguous(), high.contiguous())
+        if any(op.kind != "convolution" for op in self.graph.ops if self.graph.input in op.reads()):
+            # As they came: three channels last make short loops.
+            low, high = outward(box.low, self.kind, -torch.inf), outward(box.high, self.kind, torch.inf)
+            self.values[self.graph.input] = Interval(low.contiguous(), high.contiguous())
         self.made = {op.result: op for op in self.graph.ops}
         self._padded = {
             name for op in self.graph.ops if op.kind == "convolution" and any(op.args[4]) for name in op.reads()[:1]
@@ -196,14 +197,11 @@ class _Relu:
 
     def __call__(self, chain: Chain, slopes: Tensor, lower: Tensor | None) -> tuple[_linear.Pulled, Tensor]:
         del lower  # nobody optimises slopes here
-        part, totals = torch.empty_like(slopes), []
-        factor = 1 + 2.1 * chain.dots + 16 * chain.own
-        for here, there in zip(_layout.tiles(slopes), _layout.tiles(part), strict=True):
-            negative = here.clamp(max=0)
-            torch.mul(here, self.down, out=there).addcmul_(negative, self.rise)
-            lost = _lined.blocked(chain.entries(self.result, negative.mul_(self.drop)))
-            totals.append(torch.einsum("rbc,bc->rb", _sums(there), self.level).sub_(lost, alpha=factor))
-        return {self.name: part}, torch.cat(totals)
+        negative = slopes.clamp(max=0)
+        part = (slopes * self.down).addcmul_(negative, self.rise)
+        lost = _lined.blocked(chain.entries(self.result, negative.mul_(self.drop)))
+        paid = torch.einsum("rbc,bc->rb", _sums(part), self.level)
+        return {self.name: part}, paid.sub_(lost, alpha=1 + 2.1 * chain.dots + 16 * chain.own)
 
 
 def _relu(chain: Channelwise, op: Op, name: str) -> _Relu:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TILE = 2**18  # numbers: of more at once the first are out of the processor's caches when the next step wants them
 _LARGEST = 2**25 - 2**16  # bytes: the most that the C library will take for an everyday size
 
 
@@ -24,11 +23,6 @@ def last(value: Any, wanted: bool = True) -> Any:
     if wanted and isinstance(value, Tensor) and value.dim() == 4:
         return value.contiguous(memory_format=torch.channels_last)
     return value
-
-
-def tiles(rows: Tensor) -> tuple[Tensor, ...]:
-    """Rows [R, ...] a few at a time, for several steps in turn."""
-    return torch.split(rows, max(1, TILE // max(1, rows[:1].numel())))
 
 
 def alike(value: Tensor, pattern: Tensor) -> Tensor:
