@@ -2,11 +2,11 @@
 
     TEMPER_DATA=../shared/data OMP_NUM_THREADS=1 python -m benchmarks.bounds [--nets "mnist certified,cifar10 residual"]
 
-One thread, process time, medians of interleaved rounds, everything that is compared in the same run. A forward pass is
-net(x) on 64 images without gradients; a row is one backward pass from the logits (or from a value on the way) to the
-image by automatic differentiation of one function per image, weights without gradients, the forward pass not counted;
-both in the quicker of the two memory layouts. Peak memory is the growth of a fresh process. Networks are trained where
-they are not stored (`benchmarks.bounds_nets`).
+One thread, process time, medians of interleaved rounds: every method takes turns with the passes that it is compared
+with, as a machine's pace changes by the minute. A forward pass is net(x) on 64 images without gradients; a row is one
+backward pass from the logits (or from a value on the way) to the image by automatic differentiation of one function per
+image, weights without gradients, the forward pass not counted; both in the quicker of the two memory layouts. Peak
+memory is the growth of a fresh process. Networks are trained where they are not stored (`benchmarks.bounds_nets`).
 """
 
 import argparse
@@ -45,8 +45,8 @@ from targets.passes.base import Kit
 
 NETS = ("mnist certified", "mnist plain", "cifar10 residual", "cifar10 wrn-10-1")
 METHODS: dict[str, tuple[Certifier, int, int]] = {  # with how many images, in how many rounds
-    "ibp": (IBP(), 64, 9),
-    "crown_ibp": (CrownIBP(), 64, 5),
+    "ibp": (IBP(), 64, 15),
+    "crown_ibp": (CrownIBP(), 64, 11),
     "crown": (Crown(), 64, 3),
     "alpha_crown": (AlphaCrown(), 2, 1),
 }
@@ -74,15 +74,16 @@ def main() -> None:
 
 
 def _report(name: str, here: Case) -> None:
-    forward, row = _passes(here)
+    passes = _passes(here)
+    unit, row = _units(_rounds(passes, 9))
     accuracy = float((here.net(here.x).argmax(1) == here.y).float().mean())
-    unit = statistics.median(forward)
     print(f"\n## {name}, eps {here.threat.eps:.4f}; accuracy {accuracy:.3f} on {len(here.x)} test images")
-    print(f"forward pass {1 / unit:,.0f} images/s; one backward row {statistics.median(row) / unit:.2f} forward passes")
+    print(f"forward pass {1 / unit:,.0f} images/s; one backward row {row / unit:.2f} forward passes")
     print("| method | images | images/s | forward passes per image | peak MiB | formula MiB | proved |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     spent: dict[str, list[float]] = {}
-    one = _expected(here, statistics.median(row))
+    units: dict[str, tuple[float, float]] = {}
+    one = _expected(here, row)
     few = one * METHODS["crown"][1] > _SLOWEST
     for kind, (certifier, usual, rounds) in METHODS.items():
         images = 1 if few and "crown" in kind and kind != "crown_ibp" else usual
@@ -92,9 +93,9 @@ def _report(name: str, here: Case) -> None:
             continue
         some, rows = _asked(here, images)
         found = certifier.lower(here.net, some, rows)
-        times = _rounds({"once": lambda c=certifier, s=some, r=rows: c.lower(here.net, s, r)}, rounds)["once"]
-        spent[kind] = [seconds / images for seconds in times]
-        seconds = statistics.median(spent[kind])
+        times = _rounds({"once": lambda c=certifier, s=some, r=rows: c.lower(here.net, s, r), **passes}, rounds)
+        spent[kind], units[kind] = [seconds / images for seconds in times["once"]], _units(times)
+        seconds, unit = statistics.median(spent[kind]), units[kind][0]
         peak, said = _peak(name, kind, images), _formula(here, kind, images)
         print(
             f"| {kind} | {images} | {1 / seconds:,.1f} | {seconds / unit:,.1f} ({_spread(spent[kind], unit)}) "
@@ -103,25 +104,22 @@ def _report(name: str, here: Case) -> None:
         )
     for kind, seconds, what in _others(here, "crown" in spent and not few):
         print(f"| {kind} | {what} | {1 / seconds:,.1f} | {seconds / unit:,.1f} | | | |", flush=True)
-    _targets(here, spent, forward, row, 1 if few else METHODS["crown"][1])
+    _targets(here, spent, units, 1 if few else METHODS["crown"][1])
 
 
 def _targets(
-    here: Case, spent: Mapping[str, list[float]], forward: list[float], row: list[float], crowned: int
+    here: Case, spent: Mapping[str, list[float]], units: Mapping[str, tuple[float, float]], crowned: int
 ) -> None:
     rows = int(here.net(here.x[:1]).shape[1]) - 1
-    two, back = 2 * statistics.median(forward), statistics.median(row)
     print("| target | asked | measured | met |")
     print("| --- | --- | --- | --- |")
-    _line("IBP against two forward passes", 3.0, spent["ibp"], two)
-    _line(f"CROWN-IBP against {rows} backward rows", 1.5, spent["crown_ibp"], rows * back)
+    _line("IBP against two forward passes", 3.0, spent["ibp"], 2 * units["ibp"][0])
+    _line(f"CROWN-IBP against {rows} backward rows", 1.5, spent["crown_ibp"], rows * units["crown_ibp"][1])
     if "crown" in spent:
-        open_, ends, floor, asked = _needs(here, crowned)
+        open_, ends, floor, asked, times = _needs(here, crowned, rows)
         what = f"CROWN against one row for each of {open_:,.0f} open neurons an image, and the {rows}"
-        _line(what, 1.5, spent["crown"], floor + rows * back)
-        _line(
-            f"the same against the {ends:,.0f} ends or more that it asks for", 1.5, spent["crown"], asked + rows * back
-        )
+        _line(what, 1.5, times, floor)
+        _line(f"the same against the {ends:,.0f} ends or more that it asks for", 1.5, times, asked)
     if "alpha_crown" in spent:
         _line("alpha-CROWN, 20 iterations, against CROWN", 70.0, spent["alpha_crown"], _alone(here))
     for kind, images in (("ibp", 64), ("crown_ibp", 64), ("crown", 64)):
@@ -170,14 +168,19 @@ def _rounds(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
     return times
 
 
-def _passes(here: Case) -> tuple[list[float], list[float]]:
-    """Seconds an image of a forward pass, and of one backward row from the logits, in the quicker layout each."""
-    found = []
-    for net, x in _layouts(here):
-        row = _row(net, x, None)
-        times = _rounds({"forward": lambda n=net, x=x: [n(x) for _ in range(3)], "row": row}, 9)
-        found.append(([t / 3 / _BATCH for t in times["forward"]], [t / _BATCH for t in times["row"]]))
-    return min((f for f, _ in found), key=statistics.median), min((r for _, r in found), key=statistics.median)
+def _passes(here: Case) -> dict[str, Callable[[], object]]:
+    """A forward pass and one backward row from the logits, of `_BATCH` images, in either layout."""
+    found: dict[str, Callable[[], object]] = {}
+    for i, (net, x) in enumerate(_layouts(here)):
+        found |= {f"forward {i}": lambda n=net, x=x: n(x), f"row {i}": _row(net, x, None)}
+    return found
+
+
+def _units(times: Mapping[str, list[float]]) -> tuple[float, float]:
+    """Seconds an image of a forward pass and of a row, in the quicker layout each."""
+    medians = {name: statistics.median(seconds) / _BATCH for name, seconds in times.items()}
+    first, second = (min(t for name, t in medians.items() if name.startswith(what)) for what in ("forward", "row"))
+    return first, second
 
 
 def _layouts(here: Case) -> list[tuple[nn.Module, Tensor]]:
@@ -207,9 +210,10 @@ def _row(net: nn.Module, x: Tensor, place: int | None) -> Callable[[], object]:
     return lambda: torch.autograd.grad(end, x, slopes, retain_graph=True)
 
 
-def _needs(here: Case, images: int) -> tuple[float, float, float, float]:
-    """Open neurons an image that CROWN bounds, ends asked for at least, and seconds of one backward row for each."""
-    some, _ = _asked(here, images)
+def _needs(here: Case, images: int, last: int) -> tuple[float, float, float, float, list[float]]:
+    """Open neurons an image that CROWN bounds; ends asked for at least; seconds of one backward row for each and of the
+    `last` from the logits; and CROWN's own, in the same rounds."""
+    some, leads = _asked(here, images)
     counts: dict[str, tuple[float, float]] = {}
     with torch.no_grad():
         chain = Chain(here.net, some, UNITS["float32"], False)
@@ -223,15 +227,18 @@ def _needs(here: Case, images: int) -> tuple[float, float, float, float]:
                 counts[name] = open_ / images, (open_ + _open(chain, name)) / images
 
         _sweep.follow(chain, count)
-    each: dict[str, float] = {}
     relus = [op.reads()[0] for op in chain.done if op.kind == "relu"]
-    for name in counts:
-        place = relus.index(name)
-        rows = [_rounds({"row": _row(net, x, place)}, 5)["row"] for net, x in _layouts(here)]
-        each[name] = min(statistics.median(row) for row in rows) / _BATCH
+    calls: dict[str, Callable[[], object]] = {"crown": lambda: Crown().lower(here.net, some, leads)}
+    for i, (net, x) in enumerate(_layouts(here)):
+        calls |= {f"{name} {i}": _row(net, x, relus.index(name)) for name in counts} | {f" {i}": _row(net, x, None)}
+    times = _rounds(calls, 5)
+    each = {
+        name: min(statistics.median(t) for call, t in times.items() if call.rpartition(" ")[0] == name) / _BATCH
+        for name in ("", *counts)
+    }
     neurons, ends = (sum(pair[i] for pair in counts.values()) for i in (0, 1))
-    once, asked = (sum(pair[i] * each[name] for name, pair in counts.items()) for i in (0, 1))
-    return neurons, ends, once, asked
+    once, asked = (sum(pair[i] * each[name] for name, pair in counts.items()) + last * each[""] for i in (0, 1))
+    return neurons, ends, once, asked, [seconds / images for seconds in times["crown"]]
 
 
 def _open(chain: Chain, name: str) -> float:
@@ -338,7 +345,7 @@ def _formula(here: Case, kind: str, images: int) -> str:
         return ""
     held, row = sum(graph.entries.values()), max(graph.entries.values())
     size = min(_sweep.fitting(graph, 4, 2.0), images)
-    rows = max(1, 2**23 // (4 * size * row))
+    rows = max(1, 2**22 // (4 * size * row))
     coefficients = max(4 * size * 6 * rows * row, _neurons.COPIES * 2**22 if kind == "crown" else 0)
     return f"{(4 * size * 16 * held + coefficients) / 2**20:,.0f}"
 

@@ -10,9 +10,9 @@ of the coefficients that live in one backward step. A cap of M GiB gives half to
 with w 16 N B <= M 2^29, and rows in blocks with w 6 R n B <= M 2^29. Rows of single neurons (`_neurons`) gather their
 lines, which makes it 12 for 6; R counts the rows of all images then, so that there is no B, and n is what a window
 holds. A cap that one image and one row do not fit is refused. With more memory than that allows, a group's widest
-value stays below 2 MiB, a block of neurons' rows near 4 MiB of coefficients and one of the rows asked for near 8 MiB:
-larger ones leave the processor's caches. Not counted: what kernels take for themselves, and that a map is padded by as
-much as windows reach beyond it, up to six times its size.
+value stays below 2 MiB and a block near 4 MiB of coefficients, which the processor's caches hold: larger ones are
+slower. Not counted: what kernels take for themselves, and that a map is padded by as much as windows reach beyond it,
+up to six times its size.
 """
 
 from collections.abc import Callable
@@ -208,7 +208,5 @@ def _rows_at_once(row: int, memory: float, copies: int, images: int, asked: int 
             f"memory: {memory:g} GiB hold no row of coefficients for {images} images, which takes "
             f"{row * copies / 2**29:.3g} GiB; give more memory or fewer images at once"
         )
-    if not asked:
-        return min(fits, max(1, _CACHE // row))
-    near = max(1, 2 * _CACHE // row)
-    return min(fits, -(-asked // max(1, round(asked / near))))
+    near = max(1, _CACHE // row)
+    return min(fits, -(-asked // max(1, round(asked / near))) if asked else near)
