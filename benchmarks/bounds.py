@@ -104,6 +104,9 @@ def _report(name: str, here: Case) -> None:
         )
     for kind, seconds, what in _others(here, "crown" in spent and not few):
         print(f"| {kind} | {what} | {1 / seconds:,.1f} | {seconds / unit:,.1f} | | | |", flush=True)
+    some, rows = _asked(here, _BATCH)
+    real, rounded = (CrownIBP(arithmetic=kind).lower(here.net, some, rows) for kind in ("real", "float32"))
+    print(f"CROWN-IBP: rounding takes {(real - rounded).median():.2g} of {real.median():.3g} (medians of bounds)\n")
     _targets(here, spent, units, 1 if few else METHODS["crown"][1])
 
 
