@@ -38,7 +38,7 @@ from stages.method import InputError
 
 Pause = Callable[[Tensor, Tensor, Tensor], Tensor]
 _RATE, _BOX_RATE = 0.1, 0.5
-_BENT = frozenset({"relu", "sigmoid", "tanh"})
+BENT = frozenset({"relu", "sigmoid", "tanh"})
 _ROOT = 0.3  # of the time goes to the boxes at most
 _NARROW_STEPS, _JOINT_STEPS = 3, 8
 _SHRUNK, _VECTORS = 0.9, 0.97  # of what was missed: less, and boxes are formed anew; the latter where no maps are
@@ -109,6 +109,7 @@ class _Search:
         self.unit, self.double = UNITS[arithmetic], arithmetic == "real"
         self.steps, self.box_steps, self.memory = steps, box_steps, memory
         centre = ((box.low + box.high) / 2).clamp(box.low, box.high)
+        centre = self._inside(torch.arange(len(rows), device=rows.device), centre)  # a cut ball's box has another one
         self.points = centre.unsqueeze(1).expand(len(rows), rows.shape[1], *centre.shape[1:]).clone()
         self.broken = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)
         chain = Chain(net, box, self.unit, self.double)
@@ -116,12 +117,12 @@ class _Search:
         self.roots = Roots()
         self.lower = _sweep.logits(chain, rows, memory)
         self.least = torch.full_like(self.goal, torch.inf).contiguous()  # of domains that are done with
-        self.bends = tuple(op for op in chain.done if op.kind in _BENT)
+        self.bends = tuple(op for op in chain.done if op.kind in BENT)
         self.flat = tuple(len(chain.shape(op.reads()[0])) == 2 for op in self.bends)
         self.widths = tuple(self.first[op.reads()[0]][0].shape[1] for op in self.bends)
         self.kind = chain.kind
         self.at_once = max(1, min(domains, _sweep.block(chain, memory / (4 * (1 + len(self.bends)))) * chain.batch))
-        self.lows, self.highs = list(box.low.unbind()), list(box.high.unbind())
+        self.lows, self.highs = list(box.low.contiguous().unbind()), list(box.high.contiguous().unbind())
         self.heap: list[tuple[int, float, int, int, int, int]] = []  # visits, bound, count, number, image, row
         self.place = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         self.pool = Pool(self._whole(self.broken.new_zeros(0, 2, dtype=torch.int64)))
@@ -169,7 +170,10 @@ class _Search:
         """
         self._retire(self.pool.take([entry[3] for entry in self.heap]))
         lower = torch.where(self.least.isfinite(), torch.maximum(self.least, self.lower), self.lower)
-        if bool((self.broken & (lower > self.goal)).any()):
+        both = self.broken & (lower > self.goal)
+        if self.unit == 0:  # float32, in which points are tried, may refute what holds in exact arithmetic
+            lower = torch.where(both, torch.nextafter(self.goal, torch.full_like(self.goal, -torch.inf)), lower)
+        elif bool(both.any()):
             raise Contradiction("branch and bound: a row is refuted by a point and proved; one of the bounds is wrong")
         return lower
 
@@ -321,7 +325,7 @@ class _Search:
         length = torch.linalg.vector_norm(away.double().flatten(1), 1.0 if ball.norm == "l1" else 2.0, 1)
         share = (ball.eps / length.clamp(min=1e-12) * (1 - 1e-6)).clamp(max=1.0).to(points.dtype)
         inside: Tensor = ball.centre[images] + away * share.view(-1, *(1,) * (points.dim() - 1))
-        return inside
+        return inside.clamp(self.box.low[images], self.box.high[images])  # a sum may end a step beyond
 
     def _try(self, points: Tensor) -> None:
         """Keeps the points [B, R, ...] that refute their rows."""
@@ -339,7 +343,9 @@ class _Search:
             with torch.enable_grad():
                 logits = self.net(points.flatten(0, 1)).unflatten(0, points.shape[:2])
                 total = (self.rows * logits * open_.unsqueeze(2)).sum()
-            (grad,) = torch.autograd.grad(total, points)
+            if not total.requires_grad:  # all that comes of the pixels goes through comparisons
+                return
+            (grad,) = torch.autograd.grad(total, points, allow_unused=True, materialize_grads=True)
             points = (points - grad.sign() * (high - low) * (0.5 * 0.85**step)).clamp(low, high).detach()
             images = torch.arange(len(points), device=points.device).repeat_interleave(points.shape[1])
             points = self._inside(images, points.flatten(0, 1)).view_as(points)

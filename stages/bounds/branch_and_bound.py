@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stages.bounds import _sweep
-from stages.bounds._decide import decide
+from stages.bounds._decide import BENT, decide
 from stages.bounds._interval import outward
 from stages.bounds._trace import trace
 from stages.bounds.base import Box, Certifier
@@ -38,8 +38,8 @@ class BranchAndBound(Certifier):
 
     def lower(self, net: nn.Module, box: Box, rows: Tensor) -> Tensor:
         check(box, rows)
-        relus = sum(op.kind == "relu" for op in trace(net, box.low).ops)
-        copies = 4 * (1 + relus) * _sweep.COPIES
+        bends = sum(op.kind in BENT for op in trace(net, box.low).ops)
+        copies = 4 * (1 + bends) * _sweep.COPIES
         start, done = time.monotonic(), 0
 
         def lower(some: Box, theirs: Tensor) -> Tensor:

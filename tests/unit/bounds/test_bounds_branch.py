@@ -1,6 +1,7 @@
 """Complete answers against exhaustive ones: with one hidden layer the least value lies where pieces meet."""
 
 import itertools
+from typing import Literal
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.bounds._decide import _Search, decide
-from stages.bounds.base import Ball, Box, Contradiction
+from stages.bounds.base import Ball, Box, Contradiction, TooLittleMemory
 from stages.bounds.branch_and_bound import BranchAndBound
 from stages.bounds.crown import Crown
 from stages.method import InputError
 from stages.seeding import generator
+from stages.threat import Threat
 from tests.networks import Single
 
 
@@ -134,6 +136,52 @@ def test_points_that_refute_lie_in_the_ball() -> None:
         assert bool(found.broken.any())
         away = torch.linalg.vector_norm(found.points, 2.0 if norm == "l2" else 1.0, 2)
         assert bool((away <= 1 + 1e-6).all())
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.3), ("l1", 0.8)])
+def test_a_box_cut_by_the_data_range_has_its_centre_outside_of_the_ball(norm: Literal["l2", "l1"], eps: float) -> None:
+    """Black images: the box's centre is no point of the ball, so what it refutes is not refuted."""
+    net = Single(lambda x: torch.cat([3 - x.flatten(1).sum(1, keepdim=True), F.relu(x[:, 0, 0, :1] - 9)], 1)).eval()
+    x, y, threat = torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64), Threat(norm=norm, eps=eps)
+    assert float(net(Box.around(x, threat).high / 2)[0, 0]) < 0
+    found = BranchAndBound(seconds=60, limit=4).margins(net, x, y, threat)
+    torch.testing.assert_close(found, torch.full((2,), 3 - eps * (8 if norm == "l2" else 1)), rtol=0, atol=1e-3)
+
+
+def test_comparisons_leave_nothing_to_descend() -> None:
+    net = Single(lambda x: torch.cat([(x[:, :1] > 0.5) & (x[:, 1:] > 0.5), x[:, 1:] <= 0.5], 1).float()).eval()
+    box = Box(torch.zeros(1, 2), torch.ones(1, 2))
+    found = decide(net, box, torch.tensor([[[1.0, 1.0], [-1.0, 1.0]]]), 60.0, -0.5, limit=8)
+    assert found.lower.tolist() == [pytest.approx([0, -1], abs=1e-3)]
+
+
+def test_channels_last_boxes_are_cut_too() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.SiLU(), nn.Flatten(), mlp(2, 48, 2)).eval()
+    low = torch.rand(2, 2, 4, 4, generator=generator(1, "last"))
+    rows = torch.tensor([[[1.0, -1.0]]]).expand(2, 1, 2)
+    with torch.no_grad():
+        goal = float(Crown().lower(net, Box(low, low + 0.3), rows).min()) + 1e-3
+    last = low.to(memory_format=torch.channels_last)
+    plain, other = (decide(net, Box(x, x + 0.3), rows, 60.0, goal, limit=8).lower for x in (low, last))
+    torch.testing.assert_close(other, plain, rtol=0, atol=1e-5)
+
+
+def test_a_cap_that_holds_one_image_is_enough() -> None:
+    """What sigmoids keep counts as what ReLUs do."""
+    net = nn.Sequential(nn.Linear(4096, 8), *(part for i in range(6) for part in (nn.Sigmoid(), mlp(i, 8, 8)))).eval()
+    box, rows = Box(torch.zeros(3, 4096), torch.full((3, 4096), 0.1)), torch.eye(8)[:1].expand(3, 1, 8)
+    with pytest.raises(TooLittleMemory, match="memory: 0"):
+        BranchAndBound(seconds=60, limit=1, memory=0.001).lower(net, box, rows)
+    found = BranchAndBound(seconds=60, limit=1, memory=0.006).lower(net, box, rows)
+    assert bool(found.isfinite().all())
+
+
+def test_what_float32_refutes_is_no_contradiction_in_exact_arithmetic() -> None:
+    net = Single(lambda x: torch.cat([x * 1e8 + 1, x * 1e8], 1)).eval()
+    box, rows = Box(torch.zeros(1, 1), torch.ones(1, 1)), torch.tensor([[[1.0, -1.0]]])
+    found = BranchAndBound(seconds=60, limit=4, arithmetic="real").lower(net, box, rows)
+    assert float(found) == 0
+    assert float(Crown(arithmetic="real").lower(net, box, rows)) > 0.9
 
 
 def test_time_is_kept_and_what_is_known_by_then_returned() -> None:
