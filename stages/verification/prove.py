@@ -116,7 +116,8 @@ class Splitting:
                 while cut and len(some) < _FIRST and not stack:  # few boxes take as long as many
                     some, cut = halves(some)
                 complete &= cut
-                stack.append(some)
+                if len(some):
+                    stack.append(some)
             self._pace(clock.spent() - began)
         return complete and not stack, None
 

@@ -145,6 +145,8 @@ class Trial:
         self.say(f"splitting: {splitting.boxes} boxes bounded")
         if done:
             self.still = self.still[:0]
+        elif self.clock.left() > 0:
+            self.why = "boxes between neighbouring float32 numbers stay open, and cannot be cut any further"
         return witness
 
     def _branch(self) -> Array | None:

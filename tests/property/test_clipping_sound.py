@@ -10,8 +10,11 @@ from stages.bounds.base import Box
 from stages.bounds.crown_forward import CrownForward, Planes
 from stages.seeding import generator
 from stages.verification.cases import Cases
+from stages.verification.clock import Clock
+from stages.verification.falsify import Hunt
 from stages.verification.prove import Boxes, Splitting, clipped
 from stages.verification.vnnlib import Spec
+from tests.networks import Single
 
 _INPUTS, _OUTPUTS, _BOXES, _POINTS = 3, 3, 6, 300
 _CASES = 2
@@ -113,6 +116,21 @@ def cases(rows: Tensor) -> Cases:
     bounds = torch.zeros(1, len(rows), dtype=torch.float64)
     spec = Spec(_INPUTS, _OUTPUTS, ())
     return Cases(spec, one, one, none, one, one, rows, bounds, torch.zeros(1, dtype=torch.int64))
+
+
+def test_boxes_that_cannot_be_cut_stay_open() -> None:
+    """Between two neighbours there is nothing to bound apart: a step inside leaves it open, and that is the answer."""
+    low = torch.tensor([[0.5, 0.25]])
+    high = torch.nextafter(low, low + 1)
+    net = Single(lambda x: torch.cat([x[:, :1] > 0.5, x[:, :1] <= 0.5], 1).float()).eval()
+    rows, bounds = torch.ones(1, 2, dtype=torch.float64), torch.tensor([[0.5]], dtype=torch.float64)
+    none, first = torch.zeros(1, dtype=torch.bool), torch.zeros(1, dtype=torch.int64)
+    asked = Cases(Spec(2, 2, ()), low, high, none, low, high, rows, bounds, first)
+    hunt = Hunt(net, asked, lambda _: False, generator(0, "hunt"), particles=1)
+    clock = Clock(300.0)
+    done, witness = Splitting(net, asked, CrownForward(double=False), CrownForward(), hunt).run(first, clock)
+    assert (done, witness) == (False, None)
+    assert clock.left() > 0
 
 
 @pytest.mark.parametrize(
