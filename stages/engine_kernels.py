@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
@@ -46,6 +47,10 @@ _CODES, _VALUES = "QuantizeLinear", "DequantizeLinear"
 def spelled_out(model: onnx.ModelProto) -> tuple[onnx.ModelProto, str | None]:
     """The file with what onnxruntime makes of its biases written into it (the file itself where that is nothing), and
     what else it does that the nodes do not say, with a way out; None where bounds on those nodes hold for it."""
+    if model.functions:
+        whole = onnx.inliner.inline_local_functions(model)
+        meant, told = spelled_out(whole)
+        return model if meant is whole else meant, told
     graph = _Graph.of(model)
     told = next(_found(graph), None)
     if told is not None or not graph.kinds & {_CODES, _VALUES}:

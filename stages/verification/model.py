@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 from torch import Tensor, nn
 
+from stages.engine_kernels import spelled_out
 from stages.method import InputError
 from stages.nn._onnx_glue import glued, shapes
 from stages.nn._onnx_graph import LOGITS, loaded, opset
@@ -73,8 +75,9 @@ class Model:
 
     `inputs` is the n of the specification, which settles one open size of the graph; `fed` is the shape of what
     onnxruntime is given. Several inputs are numbered on, in the graph's order, and so are several outputs, unless one
-    is called "logits" or the first has just as many numbers as the specification, `outputs`. Raises `InputError` for
-    inputs that are not float32, or an operator without a twin.
+    is called "logits" or the first has just as many numbers as the specification, `outputs`. `strange` says why bounds
+    on `net` prove nothing of what onnxruntime computes; None where they do. Raises `InputError` for inputs that are not
+    float32, or an operator without a twin.
     """
 
     def __init__(self, path: Path, inputs: int, outputs: int | None = None) -> None:
@@ -94,6 +97,9 @@ class Model:
         self.fed = _shape(entry.shape, inputs, f'{path}: input "{entry.name}"')
         self._output = LOGITS if LOGITS in names else names[0]
         self.classes = len(self.outputs(np.zeros(inputs, np.float32)))
+        model = onnx.load(source) if isinstance(source, Path) else onnx.load_model_from_string(source)
+        meant, self.strange = spelled_out(model)
+        source = source if meant is model else meant.SerializeToString()
         self.net = self._batched(source) or Single(imported(source, self.fed[1:], free=False), self.fed).eval()
 
     def outputs(self, x: Array) -> Array:

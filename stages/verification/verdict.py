@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Literal
 
@@ -83,6 +84,9 @@ class Trial:
         if not torch.equal(self.cases.rows.float().double(), self.cases.rows):
             self.why = "a constraint has factors of more digits than float32 holds, so nothing is proved"
             self.say(self.why)
+        elif self.model.strange is not None:
+            self.why = f"nothing is proved, as {self.model.strange}"
+            self.say(self.why)
         elif gap <= _ALIKE:
             witness = self._prove()
             if witness is not None:
@@ -90,7 +94,9 @@ class Trial:
             if len(self.still) == 0:
                 return Answer("unsat", f"unsat: all {len(self.cases.bounds)} cases are refuted")
         else:
-            self.why = f"the torch twin is {gap:.1e} of the largest output away from onnxruntime, so nothing is proved"
+            away = f"the torch twin is {gap:.1e} of the largest output away from onnxruntime"
+            strange = "outputs on points of the box are infinite or no numbers" if isnan(gap) else away
+            self.why = f"{strange}, so nothing is proved"
             self.say(self.why)
         witness = self._hunt(rounds=None, part=1.0)
         if witness is not None:

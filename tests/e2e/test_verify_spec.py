@@ -74,6 +74,21 @@ def test_gzipped_files_and_a_proof(model: Path, tmp_path: Path) -> None:
     assert "2 cases" in done.stderr
 
 
+def test_functions_of_the_file_are_read(model: Path, tmp_path: Path) -> None:
+    """In a process of its own, where nobody else has loaded what it takes."""
+    file = onnx.load(model)
+    ends = ([file.graph.input[0].name], [file.graph.output[0].name])
+    held = [helper.make_node("Constant", [], [t.name], value=t) for t in file.graph.initializer]
+    opsets = list(file.opset_import)
+    file.functions.append(helper.make_function("own", "Net", *ends, [*held, *file.graph.node], opsets))
+    del file.graph.node[:], file.graph.initializer[:]
+    file.graph.node.append(helper.make_node("Net", *ends, domain="own"))
+    file.opset_import.append(helper.make_opsetid("own", 1))
+    onnx.save(file, tmp_path / "net.onnx")
+    done = verify(tmp_path / "net.onnx", written(tmp_path, UNSAT), "--timeout", "240")
+    assert (done.returncode, done.stdout) == (0, "unsat\n"), done.stderr
+
+
 def test_a_contradiction_is_safe_and_its_cause_is_told(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,6 +152,19 @@ def test_a_file_that_onnxruntime_rewrites_is_told_and_does_leave_its_bounds(file
     assert leaves_its_bounds(file)
 
 
+def test_nodes_in_functions_of_the_file_count_too() -> None:
+    model = onnx.load_model_from_string(twice(same=False))
+    ends = (["input"], ["logits"])
+    body = [*(helper.make_node("Constant", [], [t.name], value=t) for t in model.graph.initializer), *model.graph.node]
+    model.functions.append(helper.make_function("own", "Net", *ends, body, list(model.opset_import)))
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.append(helper.make_node("Net", *ends, domain="own"))
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    file = bytes(model.SerializeToString())
+    assert "makes one Q/DQ pair of two in a row" in (refusal(file) or "")
+    assert leaves_its_bounds(file)
+
+
 @pytest.mark.parametrize(
     "file",
     [

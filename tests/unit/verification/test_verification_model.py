@@ -13,8 +13,10 @@ from stages.bounds.base import Box
 from stages.bounds.crown import Crown
 from stages.bounds.ibp import IBP
 from stages.method import InputError
+from stages.verification.clock import Clock
 from stages.verification.model import Model
-from tests.specs import layers, mlp, saved
+from stages.verification.verdict import decide
+from tests.specs import layers, mlp, saved, spec
 
 RNG = np.random.default_rng(0)
 
@@ -224,3 +226,38 @@ def test_entries_scattered_by_a_graph_for_one_input_have_bounds(tmp_path: Path) 
             reached = torch.stack([model.net(points - 0.05 + 0.1 * torch.rand(5, 4)) for _ in range(200)]).amin(0)
             assert bool((bound <= reached).all())
             assert bool((bound > reached - 2).all())
+
+
+def in_a_row() -> tuple[list[Any], dict[str, Any]]:
+    """Codes of codes, of which onnxruntime makes one step, beside an output that makes the difference look small."""
+    arrays = {"s1": np.float32(0.05), "s2": np.float32(0.07), "z": np.int8(0), "far": np.array([[1e4, 0]], np.float32)}
+    nodes = [helper.make_node("QuantizeLinear", ["input", "s1", "z"], ["q1"])]
+    nodes += [helper.make_node("DequantizeLinear", ["q1", "s1", "z"], ["d1"])]
+    nodes += [helper.make_node("QuantizeLinear", ["d1", "s2", "z"], ["q2"])]
+    nodes += [helper.make_node("DequantizeLinear", ["q2", "s2", "z"], ["d2"])]
+    return [*nodes, helper.make_node("Add", ["d2", "far"], ["y"])], arrays
+
+
+def no_numbers() -> tuple[list[Any], dict[str, Any]]:
+    return [helper.make_node("Mul", ["input", "far"], ["y"])], {"far": np.array([[np.nan, 1]], np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("net", "why"),
+    [
+        (
+            in_a_row(),
+            'nothing is proved, as onnxruntime makes one Q/DQ pair of two in a row (QuantizeLinear giving "q2")',
+        ),
+        (no_numbers(), "outputs on points of the box are infinite or no numbers, so nothing is proved"),
+    ],
+    ids=["codes of codes", "NaN"],
+)
+def test_of_what_onnxruntime_does_otherwise_nothing_is_proved(net: Any, why: str, tmp_path: Path) -> None:
+    """By its nodes the second output is 0.07 at 0.027; onnxruntime says 0.05."""
+    path = saved(tmp_path / "net.onnx", net[0], (1, 2), "y", (1, 2), net[1])
+    text = tmp_path / "spec.vnnlib"
+    text.write_text(spec([0, 0.0269], [0, 0.0271], 2, "(assert (>= Y_1 0.08))"))
+    answer = decide(path, text, Clock(0.5), lambda _: None)
+    assert answer.word == "unknown"
+    assert why in answer.reason
