@@ -5,6 +5,7 @@ Nothing documents these; 1.31 was seen
 - to round float biases to codes, and float weights to codes of one scale for all of them, in layers that read codes and
   whose result becomes codes;
 - to run a softmax of codes by tables, with 1 / scale of its result rounded down to a whole number;
+- to round what a product reads to codes, block by block, where its weights are codes and nothing else about it is;
 - to form the variance in GroupNormalization as mean x^2 - (mean x)^2. That loses it where it is small beside the mean,
   and then gives anything, or NaN; the mean of (x - mean x)^2, which bounds cover, does not. Layer and instance
   normalisation take the differences, as nodes of their own or fused from others. So whatever normalises is asked:
@@ -41,6 +42,11 @@ _NOTHING = frozenset({"Identity", "Dropout"})
 _MOVES = _NOTHING | {"Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 # What onnxruntime may take away, or bring to the other side of codes, where it does nothing.
 _LIGHT = _MOVES | {"Add", "Cast", "Clip", "Div", "Mul", "Pad", "Relu", "Sub"}
+_OTHER = {
+    "QLinearSoftmax": "onnxruntime's softmax of codes is not to its nodes (Softmax {}); keep the softmax in float32",
+    "MatMulNBits": "onnxruntime makes codes of its own of what a product with weights of codes reads (MatMul or Gemm {}); "
+    "put a Q/DQ pair right in front of it, or leave its weights in float32",
+}
 _CODES, _VALUES = "QuantizeLinear", "DequantizeLinear"
 
 
@@ -59,10 +65,9 @@ def spelled_out(model: onnx.ModelProto) -> tuple[onnx.ModelProto, str | None]:
     if told is not None:
         return model, told
     run = as_run(model)
-    tables = next((node for node in run.graph.node if node.op_type == "QLinearSoftmax"), None)
-    if tables is not None:
-        where = f'Softmax "{tables.name}" giving "{tables.output[0]}"'
-        return model, f"onnxruntime's softmax of codes is not to its nodes ({where}); keep the softmax in float32"
+    for node in run.graph.node:
+        if node.op_type in _OTHER:
+            return model, _OTHER[node.op_type].format(f'"{node.name}" giving "{node.output[0]}"')
     return _with_codes(model, graph, run)
 
 

@@ -121,6 +121,16 @@ def softmax_behind(*nodes: NodeProto, **held: NDArray[Any]) -> bytes:
     return network([*before, *middle, *after, helper.make_node("Flatten", ["z"], ["logits"])], one | two | held)
 
 
+def weights_alone(product: str, *between: NodeProto) -> bytes:
+    """A product with weights of codes that reads no codes itself: there is a node in between."""
+    codes, one = pair("input", "x", 0.031, 100)
+    weight = np.random.default_rng(0).integers(-63, 64, (9, 3)).astype(np.int8)
+    two: Held = {"w.codes": weight, "w.scale": np.array(0.02, np.float32), "w.zero": np.array(0, np.int8)}
+    nodes = [*codes, *between, helper.make_node("DequantizeLinear", [*two], ["w"])]
+    nodes.append(helper.make_node("Flatten", ["y" if between else "x"], ["flat"]))
+    return network([*nodes, helper.make_node(product, ["flat", "w"], ["logits"])], one | two)
+
+
 def leaves_its_bounds(file: bytes, nodes: bytes | None = None) -> bool:
     """Whether onnxruntime answers single points with something outside of their bounds, by another file's nodes."""
     x = torch.rand(128, 1, 3, 3, generator=torch.Generator().manual_seed(0)) * 4 - 2
@@ -144,8 +154,10 @@ ONE, TURN = np.array(1, np.float32), np.array([0, 3, 1, 3])
         (softmax_behind(helper.make_node("Reshape", ["x", "to"], ["y"]), to=TURN), "softmax of codes"),
         (softmax_behind(helper.make_node("Transpose", ["x"], ["y"], perm=[0, 1, 3, 2])), "softmax of codes"),
         (softmax_behind(helper.make_node("Mul", ["x", "one"], ["y"]), one=ONE), "softmax of codes"),
+        (weights_alone("Gemm"), "makes codes of its own"),
+        (weights_alone("MatMul", helper.make_node("Tanh", ["x"], ["y"])), "makes codes of its own"),
     ],
-    ids=["twice", "over one", "softmax", "turned", "moved", "times one"],
+    ids=["twice", "over one", "softmax", "turned", "moved", "times one", "weights", "weights behind tanh"],
 )
 def test_a_file_that_onnxruntime_rewrites_is_told_and_does_leave_its_bounds(file: bytes, told: str) -> None:
     assert told in (refusal(file) or "")
