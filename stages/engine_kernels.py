@@ -44,8 +44,8 @@ _MOVES = _NOTHING | {"Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Trans
 _LIGHT = _MOVES | {"Add", "Cast", "Clip", "Div", "Mul", "Pad", "Relu", "Sub"}
 _OTHER = {
     "QLinearSoftmax": "onnxruntime's softmax of codes is not to its nodes (Softmax {}); keep the softmax in float32",
-    "MatMulNBits": "onnxruntime makes codes of its own of what a product with weights of codes reads (MatMul or Gemm {}); "
-    "put a Q/DQ pair right in front of it, or leave its weights in float32",
+    "MatMulNBits": "onnxruntime makes codes of its own of what a product with weights of codes reads (MatMul or Gemm "
+    "{}); put a Q/DQ pair right in front of it, or leave its weights in float32",
 }
 _CODES, _VALUES = "QuantizeLinear", "DequantizeLinear"
 
