@@ -5,15 +5,16 @@ bounds with free slopes and a multiplier for every known side (beta-CROWN, Wang 
 domains of all images and rows are bounded together, those of the rows that had least before the others, and a row's
 worst first. A domain not yet proved is split at the open ReLU whose lines lose most (after Bunel et al. 2020), or in
 the middle of the range of a sigmoid's or tanh's input (Shi et al., "Neural Network Verification with Branch-and-Bound
-for General Nonlinearities", 2025; no point is searched for), or, where none is left, across the input that the bound
-depends on most: complete on ReLU networks.
+for General Nonlinearities", 2025; no point is searched for), where there are no maps at the one of the first few whose
+halves are bounded best (`_cuts`), or, where none is left, across the input that the bound depends on most: complete on
+ReLU networks.
 Where linear bounds are worst, the box's corner is tried as a counterexample.
 
 Boxes of pre-activations are found once per image and cut with the signs; interval arithmetic carries the cuts on. They
 are formed anew, of the points that refute the row alone, for every row at first and, where there are no maps, for
 domains that have come nearer to a proof: of values in maps by `_halfspace`, of others by `_joint`. Where nothing is
 left of a box the domain is empty. Slopes and multipliers start where the parent's ended. Departures from the paper:
-boxes formed anew; one score for splitting, no look-ahead; rounding as in `_backward`, so a margin below it stays open.
+boxes formed anew; one score for splitting; rounding as in `_backward`, so a margin below it stays open.
 """
 
 import heapq
@@ -25,14 +26,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from stages.bounds import _slopes, _sweep
+from stages.bounds import _cuts, _slopes, _sweep
 from stages.bounds._backward import Chain
 from stages.bounds._domains import Domains, Pool
 from stages.bounds._dual import Ascent, Known, ascend
 from stages.bounds._halfspace import Halfspace
 from stages.bounds._interval import UNITS
 from stages.bounds._joint import narrowed
-from stages.bounds._roots import Boxes, Roots, ends_of, followed, tightened
+from stages.bounds._roots import Boxes, Roots, followed, tightened
 from stages.bounds.base import Ball, Box, Contradiction
 from stages.method import InputError
 
@@ -40,10 +41,10 @@ Pause = Callable[[Tensor, Tensor, Tensor], Tensor]
 _RATE, _BOX_RATE = 0.1, 0.5
 BENT = frozenset({"relu", "sigmoid", "tanh"})
 _ROOT = 0.3  # of the time goes to the boxes at most
-_NARROW_STEPS, _JOINT_STEPS = 3, 8
+_NARROW_STEPS, _JOINT_STEPS = 3, 2
 _SHRUNK, _VECTORS = 0.9, 0.97  # of what was missed: less, and boxes are formed anew; the latter where no maps are
 _MOST = 16  # of a batch
-_NARROWEST = 1e-3  # range of a curve's input that is worth splitting
+_CUTS = 32  # that are looked at where there are no maps
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +77,10 @@ def decide(
     """Is rows [B, R, K] @ logits > goal on all of the box? `seconds` for the whole batch; `domains` bounded at once.
 
     `steps` and `box_steps` are the ascent steps on a domain's bound and on the boxes of pre-activations; `limit` is the
-    most domains that are bounded, for answers that do not depend on time. `goal` is one or [B, R]. `on_step` counts
-    rows decided; `pause` hears now and then which rows are open, and what was refuted by which points, and answers
-    which rows bool [B, R] to leave as they are. Raises `InputError` where seconds is not positive, and what linear
-    bounds raise.
+    most domains that are bounded with an ascent, for answers that do not depend on time. `goal` is one or [B, R].
+    `on_step` counts rows decided; `pause` hears now and then which rows are open, and what was refuted by which points,
+    and answers which rows bool [B, R] to leave as they are. Raises `InputError` where seconds is not positive, and what
+    linear bounds raise.
     """
     if not seconds > 0:
         raise InputError(f"seconds: expected a time above 0, got {seconds:g}")
@@ -221,18 +222,32 @@ class _Search:
         low, high = (torch.stack([ends[i] for i in places]) for ends in (self.lows, self.highs))
         return Chain(self.net, self._part(some.image, low, high), self.unit, self.double)
 
-    def _bound(self, some: Domains) -> None:
+    def _ascent(self, some: Domains, steps: int) -> tuple[Chain, Ascent, Tensor]:
+        """The chain, what was found, and the best bounds [N]."""
         chain, known, spots = self._chain(some), self._known(some), (some.image, some.row)
         followed(chain, self._start(some, known))
+        row = self.rows[spots].to(chain.kind)
+        found = ascend(chain, row, self._slopes(chain, some), known, steps, _RATE, self.goal[spots])
+        return chain, found, torch.maximum(torch.where(chain.empty, torch.inf, found.best), some.bound)
+
+    def _glanced(self, some: Domains) -> Tensor:
+        """Bounds [N] without any ascent, those of the domains they were cut from when the time is over."""
+        done = []
+        for part in torch.split(torch.arange(len(some), device=some.image.device), self.at_once):
+            late = time.monotonic() > self.end
+            done.append(some.bound[part] if late else self._ascent(some[part], 0)[2])
+        return torch.cat(done)
+
+    def _bound(self, some: Domains) -> None:
+        spots = some.image, some.row
         self.visits.index_put_(spots, torch.ones_like(some.image), accumulate=True)
-        row, goal = self.rows[spots].to(chain.kind), self.goal[spots]
-        found = ascend(chain, row, self._slopes(chain, some), known, self.steps, _RATE, goal)
+        goal = self.goal[spots]
+        chain, found, bound = self._ascent(some, self.steps)
         self._corners(some, found)
-        bound = torch.maximum(torch.where(chain.empty, torch.inf, found.best), some.bound)
         ends = [
             chain.flat(op.reads()[0], found.lower[op.result][0])
             if op.result in found.lower
-            else torch.zeros(len(some), width, device=row.device)
+            else torch.zeros(len(some), width, device=goal.device)
             for op, width in zip(self.bends, self.widths, strict=True)
         ]
         slopes = torch.cat(ends, 1).half() if ends else some.slopes
@@ -248,7 +263,7 @@ class _Search:
         self._push(some[later])
         open_ &= ~again & ~later
         if bool(open_.any()):
-            scores, points = self._scores(chain, found)
+            scores, points = _cuts.scored(chain, self.bends, found.watch)
             self._split(some[open_], scores[open_], points[open_], None if watched is None else watched[0][open_])
 
     def _worth(self, some: Domains, misses: Tensor, open_: Tensor) -> tuple[Tensor, Tensor]:
@@ -353,36 +368,15 @@ class _Search:
             if bool((self.broken | ~open_).all()):
                 return
 
-    def _scores(self, chain: Chain, found: Ascent) -> tuple[Tensor, Tensor]:
-        """[B, all bends]: what the lines of one lose in the bound, -1 where it is exact; and where to split it."""
-        scores, points = [], []
-        for op in self.bends:
-            name = op.reads()[0]
-            low, high = (chain.flat(name, end) for end in ends_of(chain, name))
-            slopes = found.watch.get(op.result)
-            weight = torch.zeros_like(low) if slopes is None else chain.flat(op.result, slopes[0])
-            if op.kind == "relu":
-                above = -weight.clamp(max=0) * high * -low / (high - low).clamp(min=1e-30)
-                below = weight.clamp(min=0) * torch.minimum(high, -low) / 2
-                scores.append(torch.where((low < 0) & (high > 0), above + below, -1.0))
-                points.append(torch.zeros_like(low))
-                continue
-            lines, middle = chain.lines[op.result], (low + high) / 2
-            [(down, up)] = lines.slopes.values()
-            lift = chain.flat(op.result, (lines.high - lines.low).to(chain.kind))
-            lost = lift + (chain.flat(op.result, up) - chain.flat(op.result, down)) * middle
-            scores.append(torch.where(high - low > _NARROWEST, weight.abs() * lost, -1.0))
-            points.append(middle)
-        if not scores:
-            return (torch.zeros(chain.batch, 0, device=self.rows.device),) * 2
-        return torch.cat(scores, 1), torch.cat(points, 1)
-
     def _split(self, some: Domains, scores: Tensor, points: Tensor, slopes: Tensor | None) -> None:
         """Two of each: at the value that scores best, or across the input that the bound depends on most."""
-        best, at = scores.max(1) if scores.shape[1] else (scores.new_full((len(some),), -1.0), some.image)
-        bent = best >= 0
+        bent = (scores >= 0).any(1)
         if bool(bent.any()):
-            self._push(some[bent].halves(at[bent], points[bent].gather(1, at[bent].unsqueeze(1)).squeeze(1)))
+            mine, goal = some[bent], self.goal[some.image[bent], some.row[bent]]
+            both = _cuts.halves(mine, scores[bent], points[bent], goal, self._glanced, _CUTS if all(self.flat) else 1)
+            proved = both.bound > goal.repeat_interleave(2)
+            self._retire(both[proved])
+            self._push(both[~proved])
         for i in (~bent).nonzero()[:, 0].tolist():
             box = int(some.box[i])
             low, high = self.lows[box], self.highs[box]

@@ -15,7 +15,7 @@ _REGIONS = 16
 _DOMAINS = 256
 _BOX_STEPS, _STEPS = 10, 3
 _MEMORY = 1.0  # GiB of coefficients
-_SHARE = 4  # one part in so many of the time is the search's
+_SHARE = 8  # one part in so many of the time is the search's
 
 
 @dataclass(slots=True)

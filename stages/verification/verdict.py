@@ -27,7 +27,7 @@ from stages.verification.vnnlib import parse
 Word = Literal["sat", "unsat", "unknown"]
 Say = Callable[[str], None]
 _ALIKE = 1e-4
-_LONGER = 0.1  # of the time goes to a search where cheap bounds have left something open
+_LONGER = 0.03  # of the time goes to a search where cheap bounds have left something open
 _FEW = 24  # free inputs that are worth splitting
 
 
