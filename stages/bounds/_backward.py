@@ -57,6 +57,7 @@ class Chain:
         self.offset: dict[str, Any] = {}
         self.slack: dict[str, Any] = {}
         self.fronts: dict[str, Pull] = {}
+        self.fresh: set[str] = set()  # those whose fronts make coefficients that nobody else reads
         self.lines: dict[str, _relax.Lines] = {}
         self.done: list[Op] = []
         # 2: the entries range over their boxes independently; 1: every end of the box is reached.
@@ -170,14 +171,18 @@ class Chain:
                 total = total if more is None else total + more
             if push is not None and op.result in push:
                 total = total + self._pushed(op.reads()[0], pulled, push[op.result])
-            _add(waiting, pulled)
+            _add(waiting, pulled, op.result in self.fresh)
         if watch is not None and self.graph.input in waiting:
             watch[self.graph.input] = waiting[self.graph.input]
         total = self._closed(total, waiting)
         return total if least is None else torch.maximum(total, least)
 
-    def _pull(self, op: Op, here: Any, waiting: dict[str, Any]) -> Tensor | None:
-        """Moves the coefficients of a linear operation's result to what it reads; [R, B]: what they give on the way."""
+    def _pull(self, op: Op, here: Any, waiting: dict[str, Any], lent: bool = False) -> Tensor | None:
+        """Moves the coefficients of a linear operation's result to what it reads; [R, B]: what they give on the way.
+
+        `lent`: somebody else reads the coefficients, too.
+        """
+        del lent
         if op.kind == "getitem":
             source = waiting.setdefault(op.reads()[0], {})
             source[op.args[1]] = source[op.args[1]] + here if op.args[1] in source else here
@@ -191,7 +196,7 @@ class Chain:
         waiting = {name: dict(here) if isinstance(here, dict) else here for name, here in waiting.items()}
         for op in reversed(self.done):
             if op.result in waiting and op.result not in self.fronts:
-                more = self._pull(op, waiting.pop(op.result), waiting)
+                more = self._pull(op, waiting.pop(op.result), waiting, lent=True)
                 total = total if more is None else total + more
         return self._closed(total, waiting)
 

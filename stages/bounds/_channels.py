@@ -46,17 +46,22 @@ class Channelwise(Chain):
             low, high = outward(box.low, self.kind, -torch.inf), outward(box.high, self.kind, torch.inf)
             self.values[self.graph.input] = Interval(low.contiguous(), high.contiguous())
         self.made = {op.result: op for op in self.graph.ops}
+        self._shared = {self.graph.output}.union(*(op.reads() for op in self.graph.ops if op.kind != "convolution"))
         self._padded = {
             name for op in self.graph.ops if op.kind == "convolution" and any(op.args[4]) for name in op.reads()[:1]
         }
 
     def start(self, name: str, slopes: Tensor) -> Tensor:
+        self._shared.add(name)  # with whom asks
         if name not in self.settled:
             return super().start(name, slopes)
         return slopes.new_zeros(len(slopes), self.batch, dtype=torch.float64)  # comes with the coefficients
 
-    def _pull(self, op: Op, here: Any, waiting: dict[str, Any]) -> Tensor | None:
-        super()._pull(op, here, waiting)
+    def _pull(self, op: Op, here: Any, waiting: dict[str, Any], lent: bool = False) -> Tensor | None:
+        name = op.reads()[0]
+        there = waiting.get(name) if self.owned(name) and not lent else None
+        if there is None or not _linear.add_skipping(op, self.values, here, there):
+            super()._pull(op, here, waiting)
         if op.result not in self.settled:
             return None
         offset, slack = self.settled[op.result]
@@ -103,8 +108,13 @@ class Channelwise(Chain):
             thin = _flat(self.slack[name]) and (name not in self.offset or _flat(self.offset[name]))
             if thin and math.isfinite(float(self.mosts[name].max())):
                 self.fronts[op.result] = _relu(self, op, name)
+                self.fresh.add(op.result)
                 return
         super()._draw(op)
+
+    def owned(self, name: str) -> bool:
+        """Whether coefficients of a value are made for it alone: by the convolutions that read it."""
+        return name not in self._shared
 
     def images(self, name: str) -> bool:
         """Whether a value holds images [B, C, H, W], one after the other."""
@@ -183,41 +193,54 @@ def _sizes(op: Op, args: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class _Relu:
-    """Coefficients through a ReLU's lines: a positive one takes `down`, a negative one `rise` more.
-
-    `drop`, not above zero, is what a negative one adds for each unit, `level` [B, C] what one of the operand does.
+    """Coefficients through a ReLU's lines: a positive one takes `down`, a negative one `bend` times as much, both for
+    every entry of the batch. `drop`, not above zero, is what a negative one adds for each unit, `level` [B, C] what one
+    of the operand does.
     """
 
     result: str
     name: str
     down: Tensor
-    rise: Tensor
+    bend: Tensor
     drop: Tensor
     level: Tensor
 
     def __call__(self, chain: Chain, slopes: Tensor, lower: Tensor | None) -> tuple[_linear.Pulled, Tensor]:
+        assert isinstance(chain, Channelwise)
         del lower  # nobody optimises slopes here
-        negative = slopes.clamp(max=0)
-        part = (slopes * self.down).addcmul_(negative, self.rise)
-        lost = _lined.blocked(chain.entries(self.result, negative.mul_(self.drop)))
-        paid = torch.einsum("rbc,bc->rb", _sums(part), self.level)
-        return {self.name: part}, paid.sub_(lost, alpha=1 + 2.1 * chain.dots + 16 * chain.own)
+        laid = slopes.permute(0, 1, 3, 4, 2)
+        flat = laid.flatten(1)
+        part = torch.prelu(flat, self.bend).mul_(self.down)
+        negative = flat.clamp_(max=0) if chain.owned(self.result) else flat.clamp(max=0)
+        lost = _lined.blocked(negative.mul_(self.drop).view(*laid.shape[:2], -1))
+        part = part.view(laid.shape)
+        paid = _sums(part).mul_(self.level).sum(2)
+        return {self.name: part.permute(0, 1, 4, 2, 3)}, paid.sub_(lost, alpha=1 + 2.1 * chain.dots + 16 * chain.own)
+
+
+def _entries(value: Tensor) -> Tensor:
+    """[B C H W] in the order in which images lie."""
+    return value.permute(0, 2, 3, 1).flatten()
 
 
 def _relu(chain: Channelwise, op: Op, name: str) -> _Relu:
     """The lines of `_relax.relu`.
 
     up = h / (h + d), computed, is off by 2.1 units, so the line above has to clear up d by 5 units of d and 3 of h; it
-    does by 16 of the channel's largest value.
+    does by 16 of the channel's largest value. A slope of 0 below is one of 2^-30, so that the one above can be a
+    multiple of it, which a processor has one step for; 0 where the ReLU is off, or such slopes would add up to
+    numbers too small to be quick.
     """
     x, above, peak = chain.values[name], chain.values[op.result].high, chain.peaks[name]
     slack = torch.add(1.001 * chain.thin(name), peak, alpha=4 * chain.own * (chain.readers(op.result) + 1))
     more = torch.add(slack, peak, alpha=8 * chain.own).to(chain.kind).view(*peak.shape, 1, 1)
     below = x.low.clamp(max=-TINY)
-    up = above / (above - below)
-    down = up.round()
-    drop = torch.sub(below, more, alpha=2).mul_(up)
-    rise = up.sub_(down)
+    up = above - below
+    torch.div(above, up, out=up)
+    drop = below.sub_(more, alpha=2).mul_(up)
+    down = up.round().clamp_(min=2.0**-30)
+    bend = up / down
+    down.mul_(up.ceil_())
     level = -slack
     if name in chain.offset:
         level = chain.offset[name].select(3, 0).select(2, 0).double() - slack
@@ -227,15 +250,15 @@ def _relu(chain: Channelwise, op: Op, name: str) -> _Relu:
         scale = _stored.scale(fill(norm.args, chain.values)).to(chain.kind)
         if bool((scale.abs() > TINY).all()):
             name, level = norm.reads()[0], level / scale
-            down, rise = (slope.mul_(scale[:, None, None]) for slope in (down, rise))
-    return _Relu(op.result, name, down, rise, drop, level)
+            down.mul_(scale[:, None, None])
+    return _Relu(op.result, name, _entries(down), _entries(bend), _entries(drop), level)
 
 
 def _sums(rows: Tensor) -> Tensor:
-    """[R, B, C] float64: over a channel's pixels, in blocks that `Chain.dots` covers."""
-    flat = rows.permute(0, 1, 3, 4, 2).flatten(2, 3)
-    size = _part(flat.shape[2], _lined.BLOCK)
-    found: Tensor = flat.view(*flat.shape[:2], -1, size, flat.shape[3]).sum(3).sum(2, dtype=torch.float64)
+    """[R, B, C] float64 from [R, B, H, W, C]: over a channel's pixels, in blocks that `Chain.dots` covers."""
+    pixels = rows.shape[2] * rows.shape[3]
+    blocks = rows.view(*rows.shape[:2], -1, _part(pixels, _lined.BLOCK), rows.shape[4])
+    found: Tensor = blocks.sum(3).sum(2, dtype=torch.float64)
     return found
 
 

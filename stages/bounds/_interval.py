@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import leaky_relu
 
 from stages.method import InputError
 
@@ -39,6 +40,13 @@ class Interval:
         if not self._size:  # every reader of a value asks for it
             self._size.append(torch.maximum(self.high, -self.low))
         return self._size[0]
+
+    @staticmethod
+    def apart(low: Tensor, high: Tensor, share: float) -> "Interval":
+        """[low - share |low|, high + share |high|] but for four units, from (1 - share) low and (1 + share) high, which
+        it overwrites."""
+        wide = (1 + share) / (1 - share)
+        return Interval(leaky_relu(low, wide, inplace=True), leaky_relu(high, 1 / wide, inplace=True))
 
     def split(self) -> tuple[Tensor, Tensor]:
         """Midpoint m and radius r, with [low, high] inside [m - r(1 + u), m + r(1 + u)], u the unit roundoff."""

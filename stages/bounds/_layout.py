@@ -1,12 +1,15 @@
 """Order in memory: images channels-last, where a processor's convolutions are quickest; and pages that stay."""
 
+import ctypes
 import math
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_LARGEST = 2**25 - 2**16  # bytes: the most that the C library will take for an everyday size
+_KEPT = ((-3, 2**25), (-1, 2**28))  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h, bytes
 
 
 def trained(net: nn.Module) -> bool:
@@ -50,11 +53,15 @@ def from_images(value: Tensor, shape: torch.Size, stride: int) -> Tensor:
     return value.reshape(*lead, batch, entries // stride, stride).transpose(-3, -2).reshape(*lead, *shape)
 
 
+@cache
 def keep_pages() -> None:
     """Tells the C library to hand freed memory out again instead of giving it back to the system page by page.
 
-    glibc maps a block above a threshold anew at every request, and every page of it costs a fault: as much as ten
-    multiplications of what it holds. The threshold follows the largest block freed so far, up to 32 MiB; one is
-    requested here and freed untouched. Up to 64 MiB stay with the process. Other libraries are not impressed.
+    glibc maps a block above a threshold anew at every request, gives what is free at the end of its memory back, and
+    every page costs a fault when it comes again: as much as ten multiplications of what it holds. Blocks of up to
+    32 MiB come from its own memory from here on, of which up to 256 MiB stay with the process. Others do not listen.
     """
-    torch.empty(_LARGEST, dtype=torch.uint8)
+    with suppress(OSError, TypeError, AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        for name, value in _KEPT:
+            mallopt(name, value)

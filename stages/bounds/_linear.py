@@ -111,6 +111,19 @@ def _skips(weight: Tensor, stride: list[int], padding: list[int]) -> bool:
     return weight.dim() == 4 and weight.shape[2:].numel() == 1 < math.prod(each(stride, 2)) and not any(padding)
 
 
+def add_skipping(op: Op, values: dict[str, Any], slopes: Tensor, there: Tensor) -> bool:
+    """Adds what `pull` gives to `there`, if it is a convolution that passes over most pixels; else says so."""
+    if op.kind != "convolution":
+        return False
+    _, weight, _, stride, padding, _, transposed, _, groups = fill(op.args, values)
+    if transposed or groups != 1 or not _skips(weight, stride, padding):
+        return False
+    down, along = each(stride, 2)
+    read = there.flatten(0, 1)[:, :, ::down, ::along]
+    read.add_(_phases.pixels(slopes.flatten(0, 1), weight))
+    return True
+
+
 def _folded(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
     """A convolution whose stride leaves pixels out that a transposed one does not know of."""
     x, weight, _, stride, padding, dilation, _, _, groups = args

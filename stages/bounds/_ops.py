@@ -141,8 +141,8 @@ def _affine(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rou
     # (1 + s) |L| (r + s |m|) >= |L| (r + s (|m| + r)); the units that `share` keeps for r pay for one half of it.
     radius = torch.sub(x.high, middle, alpha=1 - share if x.positive else 1)
     spread = radius if x.positive else radius.add_(middle.abs(), alpha=share)
-    spread = piece.margin(spread, share * piece.offset + TINY)
-    low, high = torch.sub(centre, spread, alpha=1 + share), torch.add(centre, spread, alpha=1 + share)
+    spread = piece.margin(spread, (1 + share) * (share * piece.offset + TINY), 1 + share)
+    low, high = centre - spread, spread.add_(centre)
     if op.kind in _KEEPING and bool((x.low >= 0).all()):  # however it rounds
         factors = [torch.as_tensor(arg) >= 0 for arg in args if op.kind in {"mul", "div"} and arg is not x]
         low = low.clamp(min=0) if all(bool(factor.all()) for factor in factors) else low
@@ -256,8 +256,7 @@ def _sum(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Roundi
     # A sum of two is off by a share of itself, and y - s |y| rises with y, so each end pays for itself; and stays at
     # least 0 where both operands do.
     share = rounding.share(1)
-    low, high = a.low + b.low, a.high + b.high
-    return Interval(torch.sub(low, low.abs(), alpha=share), torch.add(high, high.abs(), alpha=share))
+    return Interval.apart((a.low + b.low).mul_(1 - share), (a.high + b.high).mul_(1 + share), share)
 
 
 def _neg(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], rounding: Rounding) -> Interval:

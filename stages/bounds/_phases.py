@@ -32,11 +32,15 @@ def transposed(rows: Tensor, weight: Tensor, stride: list[int], padding: list[in
 
 def _spread(rows: Tensor, weight: Tensor, stride: list[int], sizes: list[int]) -> Tensor:
     """A kernel of one tap reads one of the pixels between which it steps; the others get nothing."""
-    channels = weight.shape[1]
-    found = F.conv2d(rows, F.pad(weight.transpose(0, 1), (0, 0, 0, 0, 0, 0, 0, -channels % _LANES)))[:, :channels]
-    laid: Tensor = found.new_zeros(len(rows), *sizes, channels).permute(0, 3, 1, 2)
-    laid[:, :, :: stride[0], :: stride[1]] = found
+    laid: Tensor = rows.new_zeros(len(rows), *sizes, weight.shape[1]).permute(0, 3, 1, 2)
+    laid[:, :, :: stride[0], :: stride[1]] = pixels(rows, weight)
     return laid
+
+
+def pixels(rows: Tensor, weight: Tensor) -> Tensor:
+    """[N, C, h, w]: what a convolution of one tap passes back to the pixels that it reads."""
+    channels = weight.shape[1]
+    return F.conv2d(rows, F.pad(weight.transpose(0, 1), (0, 0, 0, 0, 0, 0, 0, -channels % _LANES)))[:, :channels]
 
 
 @cache

@@ -39,7 +39,7 @@ def interval(args: tuple[Any, ...], rounding: Rounding) -> tuple[Interval, Tenso
     if bool((factor < 0).any()):
         falls = (factor < 0).view(shape)
         low, high = torch.where(falls, x.high, x.low), torch.where(falls, x.low, x.high)
-    low = torch.addcmul((shift - room).view(shape), low, factor.view(shape))
-    high = torch.addcmul((shift + room).view(shape), high, factor.view(shape))
-    low, high = torch.sub(low, low.abs(), alpha=1.1 * share), torch.add(high, high.abs(), alpha=1.1 * share)
-    return Interval(low, high), factor.new_empty(0), factor.new_empty(0)
+    less, more = 1 - 1.1 * share, 1 + 1.1 * share
+    low = torch.addcmul((less * (shift - room)).view(shape), low, (less * factor).view(shape))
+    high = torch.addcmul((more * (shift + room)).view(shape), high, (more * factor).view(shape))
+    return Interval.apart(low, high, 1.1 * share), factor.new_empty(0), factor.new_empty(0)

@@ -10,9 +10,9 @@ of the coefficients that live in one backward step. A cap of M GiB gives half to
 with w 16 N B <= M 2^29, and rows in blocks with w 6 R n B <= M 2^29. Rows of single neurons (`_neurons`) gather their
 lines, which makes it 12 for 6; R counts the rows of all images then, so that there is no B, and n is what a window
 holds. A cap that one image and one row do not fit is refused. With more memory than that allows, a group's widest
-value stays below 2 MiB and a block near 4 MiB of coefficients, which the processor's caches hold: larger ones are
-slower. Not counted: what kernels take for themselves, and that a map is padded by as much as windows reach beyond it,
-up to six times its size.
+value stays below 4 MiB and a block near 4 MiB of coefficients, which caches hold, or near 16 MiB where few rows are
+asked for, so that a block's fixed cost counts. Not counted: what kernels take for themselves, and that a map is padded
+by as much as windows reach beyond it, up to six times its size.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from stages.method import InputError
 
 COPIES = 6  # tensors of the size of the coefficients that live at once in one backward step
 _HELD = 16  # numbers kept for every entry of every value
-_CACHE = 2**22  # bytes
+_CACHE, _FEW = 2**22, 2**24  # bytes
 Rows = Chain | _neurons.Neurons
 Bound = Callable[[Rows, str, Tensor], Tensor]
 
@@ -80,7 +80,7 @@ def fitting(graph: Trace, width: int, memory: float, copies: int = COPIES) -> in
             f"memory: {memory:g} GiB hold no row of coefficients for one image, which takes {least:.3g} GiB with the "
             "image's bounds; give more memory, or use ibp, which keeps none"
         )
-    return min(fits, max(1, _CACHE // 2 // (width * widest)))
+    return min(fits, max(1, _CACHE // (width * widest)))
 
 
 def follow(chain: Chain, refine: Callable[[Op], None] | None = None) -> None:
@@ -208,5 +208,5 @@ def _rows_at_once(row: int, memory: float, copies: int, images: int, asked: int 
             f"memory: {memory:g} GiB hold no row of coefficients for {images} images, which takes "
             f"{row * copies / 2**29:.3g} GiB; give more memory or fewer images at once"
         )
-    near = max(1, _CACHE // row)
+    near = max(1, (_FEW if asked else _CACHE) // row)
     return min(fits, -(-asked // max(1, round(asked / near))) if asked else near)
