@@ -258,7 +258,7 @@ class _Search:
         again, later = self._worth(some, goal - bound, open_ & (watched is not None))
         if watched is not None and bool(again.any()):
             space = Halfspace.of(chain, found.last, watched[0], goal)
-            lower = {key: value[:, again] for key, value in found.lower.items()}
+            lower = {key: chain.flat(key, value)[:, again] for key, value in found.lower.items()}
             self._narrow(some[again], space.of_images(again), lower)
         self._push(some[later])
         open_ &= ~again & ~later

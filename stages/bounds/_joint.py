@@ -45,8 +45,8 @@ def narrowed(
 ) -> tuple[Boxes, Tensor]:
     """Better `boxes` of what `bends` read, for points that refute row [B, K], and bool [B]: there are none.
 
-    `begin` makes a chain that nothing was followed in, `slopes` are the row's own, of its best bound. After `end`
-    boxes stay as they are.
+    `begin` makes a chain that nothing was followed in, `slopes` [1, B, n] are the row's own, of its best bound. After
+    `end` boxes stay as they are.
     """
     boxes = dict(boxes)
     for bend in bends:
@@ -55,6 +55,7 @@ def narrowed(
         chain = begin()
         followed(chain, boxes)
         name = bend.reads()[0]
+        mine = {key: chain.unflat(key, value) for key, value in slopes.items()}
         low, high = (chain.flat(name, side) for side in ends_of(chain, name))
         open_ = chain.flat(name, _relax.crossed(bend, chain.values, chain.values[name])) & ~chain.empty.unsqueeze(1)
         count = int(open_.sum(1).max())
@@ -64,7 +65,7 @@ def narrowed(
                 break
             units = torch.zeros(at.shape[1], *low.shape, dtype=chain.kind, device=at.device)
             units = units.scatter_(2, at.T.unsqueeze(-1), 1.0)
-            found = _best(chain, bend, torch.cat([units, -units]), row, goal, slopes, steps)
+            found = _best(chain, bend, torch.cat([units, -units]), row, goal, mine, steps)
             below, above = found.chunk(2)
             asked = open_.gather(1, at)
             below, above = outward(below.T, chain.kind, -torch.inf), outward(-above.T, chain.kind, torch.inf)

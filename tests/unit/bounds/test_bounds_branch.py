@@ -148,6 +148,36 @@ def test_a_box_cut_by_the_data_range_has_its_centre_outside_of_the_ball(norm: Li
     torch.testing.assert_close(found, torch.full((2,), 3 - eps * (8 if norm == "l2" else 1)), rtol=0, atol=1e-3)
 
 
+class Tokens(nn.Module):
+    """[B, 3, 4] -> [B, 3], with ReLUs on values that have the images second, or each image's tokens as rows."""
+
+    def __init__(self, second: bool) -> None:
+        super().__init__()
+        self.second, self.inner, self.head = second, mlp(5, 4, 5, 5), mlp(6, 15, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        laid = x.transpose(0, 1) if self.second else x.reshape(-1, 4)
+        bent = self.inner(laid).relu()
+        laid = bent.transpose(0, 1) if self.second else bent.reshape(len(x), 3, 5)
+        out: Tensor = self.head(laid.flatten(1))
+        return out
+
+
+@pytest.mark.parametrize("second", [True, False])
+def test_images_may_lie_second_or_beside_their_tokens(second: bool) -> None:
+    net, rng = Tokens(second).eval(), generator(3, "tokens")
+    x, rows = torch.randn(2, 3, 4, generator=rng), torch.randn(2, 2, 3, generator=rng)
+    box = Box(x - 0.5, x + 0.5)
+    with torch.no_grad():
+        points = box.low + torch.rand(4000, 2, 3, 4, generator=rng).round() * (box.high - box.low)
+        seen = torch.einsum("brk,nbrk->nbr", rows, net(points.flatten(0, 1)).view(-1, 2, 1, 3).expand(-1, 2, 2, 3))
+        seen = seen.amin(0).double()
+        plain = Crown().lower(net, box, rows).double()
+        found = decide(net, box, rows, 300.0, seen - 0.1 * (seen - plain), limit=60)
+    assert bool((found.lower <= seen).all())
+    assert bool((found.lower > plain).any())
+
+
 def test_comparisons_leave_nothing_to_descend() -> None:
     net = Single(lambda x: torch.cat([(x[:, :1] > 0.5) & (x[:, 1:] > 0.5), x[:, 1:] <= 0.5], 1).float()).eval()
     box = Box(torch.zeros(1, 2), torch.ones(1, 2))
