@@ -5,9 +5,9 @@ bounds with free slopes and a multiplier for every known side (beta-CROWN, Wang 
 domains of all images and rows are bounded together, those of the rows that had least before the others, and a row's
 worst first. A domain not yet proved is split at the open ReLU whose lines lose most (after Bunel et al. 2020), or in
 the middle of the range of a sigmoid's or tanh's input (Shi et al., "Neural Network Verification with Branch-and-Bound
-for General Nonlinearities", 2025; no point is searched for), where there are no maps at the one of the first few whose
-halves are bounded best (`_cuts`), or, where none is left, across the input that the bound depends on most: complete on
-ReLU networks.
+for General Nonlinearities", 2025; no point is searched for), or, where none is left, across the input that the bound
+depends on most: complete on ReLU networks. Where all are ReLUs and there are no maps, the one of the first few is split
+whose halves are bounded best (`_cuts`).
 Where linear bounds are worst, the box's corner is tried as a counterexample.
 
 Boxes of pre-activations are found once per image and cut with the signs; interval arithmetic carries the cuts on. They
@@ -44,7 +44,7 @@ _ROOT = 0.3  # of the time goes to the boxes at most
 _NARROW_STEPS, _JOINT_STEPS = 3, 2
 _SHRUNK, _VECTORS = 0.9, 0.97  # of what was missed: less, and boxes are formed anew; the latter where no maps are
 _MOST = 16  # of a batch
-_CUTS = 32  # that are looked at where there are no maps
+_CUTS = 32  # that are looked at where there are no maps and no curves, whose lines take long to draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,7 @@ class _Search:
         self.least = torch.full_like(self.goal, torch.inf).contiguous()  # of domains that are done with
         self.bends = tuple(op for op in chain.done if op.kind in BENT)
         self.flat = tuple(len(chain.shape(op.reads()[0])) == 2 for op in self.bends)
+        self.cuts = _CUTS if all(self.flat) and all(op.kind == "relu" for op in self.bends) else 1
         self.widths = tuple(self.first[op.reads()[0]][0].shape[1] for op in self.bends)
         self.kind = chain.kind
         self.at_once = max(1, min(domains, _sweep.block(chain, memory / (4 * (1 + len(self.bends)))) * chain.batch))
@@ -373,7 +374,7 @@ class _Search:
         bent = (scores >= 0).any(1)
         if bool(bent.any()):
             mine, goal = some[bent], self.goal[some.image[bent], some.row[bent]]
-            both = _cuts.halves(mine, scores[bent], points[bent], goal, self._glanced, _CUTS if all(self.flat) else 1)
+            both = _cuts.halves(mine, scores[bent], points[bent], goal, self._glanced, self.cuts)
             proved = both.bound > goal.repeat_interleave(2)
             self._retire(both[proved])
             self._push(both[~proved])
