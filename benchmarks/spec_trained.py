@@ -13,6 +13,7 @@ from stages.data.base import to_float
 
 _ACTS = {"Relu": nn.ReLU, "Sigmoid": nn.Sigmoid, "Tanh": nn.Tanh}
 _IMAGES = 4
+_TORCH = 0.41  # of Kaiming's weights, as torch's own layers begin
 _DRAWN = 200_000
 _RARE = 0.01  # of the drawn points
 _BOXES = (  # of encounters, low and high ends; the first two are like the competition's properties 1 and 3
@@ -25,7 +26,7 @@ _BOXES = (  # of encounters, low and high ends; the first two are like the compe
 Layers = list[tuple[Array, Array]]
 
 
-def _mnist(name: str, sizes: list[int], act: str, steps: int, radii: tuple[float, float]) -> Family:
+def _mnist(name: str, sizes: list[int], act: str, steps: int, radii: tuple[float, float], begun: float = 1.0) -> Family:
     splits = spec_family.opened("mnist")
     x, y = to_float(splits.train.images).flatten(1), splits.train.labels
 
@@ -33,7 +34,8 @@ def _mnist(name: str, sizes: list[int], act: str, steps: int, radii: tuple[float
         picked = torch.randint(len(x), (128,), generator=rng)
         return x[picked], y[picked]
 
-    layers = _layers(name, lambda: spec_nets.trained([784, *sizes, 10], _ACTS[act], draw, 0, steps, settles=True))
+    widths = [784, *sizes, 10]
+    layers = _layers(name, lambda: spec_nets.trained(widths, _ACTS[act], draw, 0, steps, settles=True, begun=begun))
     graph = spec_nets.Graph([1, 784, 1], 0, 13)
     graph_out = graph.stored(graph("Flatten", "input", axis=1), layers, act)
     images = spec_family.right(splits, lambda images: _answers(layers, act, images.reshape(len(images), -1)), _IMAGES)
@@ -90,6 +92,8 @@ FAMILIES: Families = {
     "mnist_relu2": partial(_mnist, "mnist_relu2", [256] * 2, "Relu", 1400, (0.03, 0.05)),
     "mnist_relu4": partial(_mnist, "mnist_relu4", [256] * 4, "Relu", 1400, (0.03, 0.05)),
     "mnist_relu6": partial(_mnist, "mnist_relu6", [256] * 6, "Relu", 1400, (0.03, 0.05)),
+    "mnist_fc2": partial(_mnist, "mnist_fc2", [256] * 2, "Relu", 1400, (0.03, 0.05), _TORCH),
+    "mnist_fc4": partial(_mnist, "mnist_fc4", [256] * 4, "Relu", 1400, (0.03, 0.05), _TORCH),
     "mnist_sigmoid6": partial(_mnist, "mnist_sigmoid6", [200] * 6, "Sigmoid", 2500, (0.015, 0.03)),
     "mnist_tanh4": partial(_mnist, "mnist_tanh4", [200] * 4, "Tanh", 1400, (0.015, 0.03)),
     "encounters": partial(_encounters, "encounters", 0),
