@@ -20,10 +20,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.bounds_nets import Case, case
 from stages.bounds import _decide, _neurons, _sweep
@@ -57,11 +59,13 @@ _SLOWEST = 200.0  # seconds that one bound of alpha-CROWN may be expected to tak
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", default=",".join(NETS))
-    parser.add_argument("--peak", nargs=3, metavar=("NET", "METHOD", "IMAGES"), help="print the growth in MiB, and end")
+    parser.add_argument(
+        "--peak", nargs=3, metavar=("NET", "METHOD", "IMAGES"), help="print the growth in MiB: pages, bytes"
+    )
     asked = parser.parse_args()
     torch.set_num_threads(1)
     if asked.peak:
-        print(_growth(case(asked.peak[0]), METHODS[asked.peak[1]][0], int(asked.peak[2])))
+        print(*_growth(case(asked.peak[0]), METHODS[asked.peak[1]][0], int(asked.peak[2])))
         return
     print(
         "auto_LiRPA, the peer: its last release in the package index (0.3) does not import beside torch 2; not timed."
@@ -79,7 +83,7 @@ def _report(name: str, here: Case) -> None:
     accuracy = float((here.net(here.x).argmax(1) == here.y).float().mean())
     print(f"\n## {name}, eps {here.threat.eps:.4f}; accuracy {accuracy:.3f} on {len(here.x)} test images")
     print(f"forward pass {1 / unit:,.0f} images/s; one backward row {row / unit:.2f} forward passes")
-    print("| method | images | images/s | forward passes per image | peak MiB | formula MiB | proved |")
+    print("| method | images | images/s | forward passes per image | peak MiB | live MiB | formula MiB | proved |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     spent: dict[str, list[float]] = {}
     units: dict[str, tuple[float, float]] = {}
@@ -96,10 +100,10 @@ def _report(name: str, here: Case) -> None:
         times = _rounds({"once": lambda c=certifier, s=some, r=rows: c.lower(here.net, s, r), **passes}, rounds)
         spent[kind], units[kind] = [seconds / images for seconds in times["once"]], _units(times)
         seconds, unit = statistics.median(spent[kind]), units[kind][0]
-        peak, said = _peak(name, kind, images), _formula(here, kind, images)
+        (peak, live), said = _peak(name, kind, images), _formula(here, kind, images)
         print(
             f"| {kind} | {images} | {1 / seconds:,.1f} | {seconds / unit:,.1f} ({_spread(spent[kind], unit)}) "
-            f"| {peak:,.0f} | {said} | {int((found > 0).all(1).sum())} |",
+            f"| {peak:,.0f} | {live:,.0f} | {said} | {int((found > 0).all(1).sum())} |",
             flush=True,
         )
     for kind, seconds, what in _others(here, "crown" in spent and not few):
@@ -315,15 +319,16 @@ def _domain(here: Case) -> float | None:
     return None
 
 
-def _peak(name: str, kind: str, images: int) -> float:
-    """MiB by which a fresh process grows."""
+def _peak(name: str, kind: str, images: int) -> tuple[float, float]:
+    """MiB by which a fresh process grows, in pages and in bytes that are in use after an operation."""
     if not Path("/proc/self/clear_refs").exists():
-        return float("nan")
+        return float("nan"), float("nan")
     command = [sys.executable, "-m", "benchmarks.bounds", "--peak", name, kind, str(images)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    pages, live = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-2:]
+    return float(pages), float(live)
 
 
-def _growth(here: Case, certifier: Certifier, images: int) -> float:
+def _growth(here: Case, certifier: Certifier, images: int) -> tuple[float, float]:
     few, rows = _asked(here, 1)
     with torch.no_grad():
         certifier.lower(here.net, replace(few, high=few.low), rows)  # the trace, and what torch loads at the first call
@@ -332,7 +337,51 @@ def _growth(here: Case, certifier: Certifier, images: int) -> float:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         before = _status("VmRSS")
         certifier.lower(here.net, some, rows)
-    return (_status("VmHWM") - before) / 1024
+        pages = _status("VmHWM") - before
+        if isinstance(certifier, AlphaCrown):  # twice would take too long
+            return pages / 1024, float("nan")
+        with _Live() as live:
+            certifier.lower(here.net, some, rows)
+    return pages / 1024, (live.most - live.before) / 2**20
+
+
+class _Heap(ctypes.Structure):
+    """struct mallinfo2 of glibc's malloc.h."""
+
+    _fields_: ClassVar = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Looks after every operation how many bytes of the heap are in use."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._info = ctypes.CDLL(None).mallinfo2
+        self._info.restype = _Heap
+        self.before = self.most = self._used()
+
+    def _used(self) -> int:
+        found = self._info()
+        return int(found.uordblks + found.hblkhd)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.most = max(self.most, self._used())
+        return found
 
 
 def _status(field: str) -> int:
@@ -348,7 +397,8 @@ def _formula(here: Case, kind: str, images: int) -> str:
         return ""
     held, row = sum(graph.entries.values()), max(graph.entries.values())
     size = min(_sweep.fitting(graph, 4, 2.0), images)
-    rows = max(1, 2**22 // (4 * size * row))
+    asked = lead_rows(here.net, here.x[:1], here.y[:1]).shape[1] if kind == "crown_ibp" else 0
+    rows = _sweep._rows_at_once(4 * size * row, 2.0, _sweep.COPIES, size, asked)
     coefficients = max(4 * size * 6 * rows * row, _neurons.COPIES * 2**22 if kind == "crown" else 0)
     return f"{(4 * size * 16 * held + coefficients) / 2**20:,.0f}"
 
