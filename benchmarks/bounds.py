@@ -11,7 +11,6 @@ memory is the growth of a fresh process. Networks are trained where they are not
 
 import argparse
 import copy
-import ctypes
 import statistics
 import subprocess
 import sys
@@ -20,13 +19,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
 
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.bounds_memory import growth
 from benchmarks.bounds_nets import Case, case
 from stages.bounds import _decide, _neurons, _sweep
 from stages.bounds._backward import Chain
@@ -65,7 +63,10 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     if asked.peak:
-        print(*_growth(case(asked.peak[0]), METHODS[asked.peak[1]][0], int(asked.peak[2])))
+        here, certifier = case(asked.peak[0]), METHODS[asked.peak[1]][0]
+        few, rows = _asked(here, 1)
+        first = replace(few, high=few.low), rows
+        print(*growth(here.net, certifier, first, _asked(here, int(asked.peak[2]))))
         return
     print(
         "auto_LiRPA, the peer: its last release in the package index (0.3) does not import beside torch 2; not timed."
@@ -326,68 +327,6 @@ def _peak(name: str, kind: str, images: int) -> tuple[float, float]:
     command = [sys.executable, "-m", "benchmarks.bounds", "--peak", name, kind, str(images)]
     pages, live = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-2:]
     return float(pages), float(live)
-
-
-def _growth(here: Case, certifier: Certifier, images: int) -> tuple[float, float]:
-    few, rows = _asked(here, 1)
-    with torch.no_grad():
-        certifier.lower(here.net, replace(few, high=few.low), rows)  # the trace, and what torch loads at the first call
-        some, rows = _asked(here, images)
-        ctypes.CDLL(None).malloc_trim(0)  # what is freed and kept would hide what is taken
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        before = _status("VmRSS")
-        certifier.lower(here.net, some, rows)
-        pages = _status("VmHWM") - before
-        if isinstance(certifier, AlphaCrown):  # twice would take too long
-            return pages / 1024, float("nan")
-        with _Live() as live:
-            certifier.lower(here.net, some, rows)
-    return pages / 1024, (live.most - live.before) / 2**20
-
-
-class _Heap(ctypes.Structure):
-    """struct mallinfo2 of glibc's malloc.h."""
-
-    _fields_: ClassVar = [
-        (name, ctypes.c_size_t)
-        for name in [
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        ]
-    ]
-
-
-class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Looks after every operation how many bytes of the heap are in use."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._info = ctypes.CDLL(None).mallinfo2
-        self._info.restype = _Heap
-        self.before = self.most = self._used()
-
-    def _used(self) -> int:
-        found = self._info()
-        return int(found.uordblks + found.hblkhd)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        self.most = max(self.most, self._used())
-        return found
-
-
-def _status(field: str) -> int:
-    """KiB"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def _formula(here: Case, kind: str, images: int) -> str:
