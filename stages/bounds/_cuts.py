@@ -3,10 +3,10 @@
 A score says what a neuron's lines lose now, not what is left of that once slopes and the boxes behind a cut have
 changed: where the lower line of a ReLU has found its slope, a cut may bring nothing at all. So the halves of the cuts
 that score best are bounded, without any ascent, and the cut with the largest product of both halves' gains is taken
-(Achterberg, "Constraint Integer Programming", 2007, section 5.2): both halves have to be proved.
+(Achterberg, "Constraint Integer Programming", 2007; from memory): both halves have to be proved.
 
 Source: De Palma et al., "Improved Branch and Bound for Neural Network Verification via Lagrangian Decomposition", 2021,
-section 5 (filtered smart branching). Departures: the product in place of the worse half's gain, and more cuts.
+filtered smart branching (from memory). Departures: the product in place of the worse half's gain, and more cuts.
 """
 
 from collections.abc import Callable, Mapping, Sequence

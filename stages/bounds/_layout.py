@@ -58,8 +58,8 @@ def keep_pages() -> None:
     """Tells the C library to hand freed memory out again instead of giving it back to the system page by page.
 
     glibc maps a block above a threshold anew at every request, gives what is free at the end of its memory back, and
-    every page costs a fault when it comes again: as much as ten multiplications of what it holds. Blocks of up to
-    32 MiB come from its own memory from here on, of which up to 256 MiB stay with the process. Others do not listen.
+    every page costs a fault when it comes again. Blocks of up to 32 MiB come from its own memory from here on, of which
+    up to 256 MiB stay with the process. Others do not listen.
     """
     with suppress(OSError, TypeError, AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
