@@ -24,6 +24,7 @@ from stages.bounds._ball import Ends
 from stages.bounds._interval import DOUBLE, SINGLE, TINY, Interval, Rounding, gamma, low_ends, outward
 from stages.bounds._trace import Op, Trace, fill, trace
 from stages.bounds.base import Box
+from stages.bounds.ibp import split
 
 _EXACT = frozenset(
     {"relu", "hardtanh", "clamp", "clamp_min", "clamp_max", "abs", "maximum", "minimum", "amax", "amin", "where"}
@@ -58,6 +59,7 @@ class Chain:
         self.slack: dict[str, Any] = {}
         self.fronts: dict[str, Pull] = {}
         self.fresh: set[str] = set()  # those whose fronts make coefficients that nobody else reads
+        self.begins: set[str] = set()  # values whose boxes are as good as the image's, where the way back ends
         self.lines: dict[str, _relax.Lines] = {}
         self.done: list[Op] = []
         # 2: the entries range over their boxes independently; 1: every end of the box is reached.
@@ -69,7 +71,7 @@ class Chain:
         # Linear results whose slack covers what a ReLU's line makes of it, too (`_lined.relu`).
         self.paid: set[str] = set()
         self.mosts: dict[str, Tensor] = {}
-        self._insides: dict[str, tuple[Tensor, Tensor]] = {}
+        self._insides: dict[str, Ends] = {}
         self._counts: set[str] = set()
         self._linear: dict[str, bool] = {}
         self._before_relu: set[str] = set()
@@ -154,14 +156,17 @@ class Chain:
         total = self.start(name, slopes) - self.faint
         waiting: dict[str, Any] = {name: slopes}
         least = None
+        tail = self.tail() if boxes else set()
         for op in reversed(self.done):
+            if op.result in self.begins:
+                continue
+            if least is None and op.result in tail and op.result in waiting:
+                least = self._boxed(total, waiting, tail)
             here = waiting.pop(op.result, None)
             pulled: _linear.Pulled = {}
             if here is None:
                 pass
             elif op.result in self.fronts:
-                if boxes and least is None:
-                    least = self._boxed(total, {**waiting, op.result: here})
                 if watch is not None:
                     watch[op.result] = here[0] if isinstance(here, dict) else here
                 pulled, bias = self.fronts[op.result](self, here, None if lower is None else lower.get(op.result))
@@ -191,11 +196,15 @@ class Chain:
             _add(waiting, _linear.pull(op, self.values, here), op.kind == "convolution" and not torch.is_grad_enabled())
         return None
 
-    def _boxed(self, total: Tensor, waiting: dict[str, Any]) -> Tensor:
-        """The bound with all that comes before by its box; `waiting` stays as it is."""
+    def tail(self) -> set[str]:
+        """The values whose boxes interval arithmetic ends at: nothing is lost between them and the output."""
+        return {*self.fronts, *self.begins, *split(self.graph).fronts}
+
+    def _boxed(self, total: Tensor, waiting: dict[str, Any], tail: set[str]) -> Tensor:
+        """The bound with all that comes before `tail` by its box; `waiting` stays as it is."""
         waiting = {name: dict(here) if isinstance(here, dict) else here for name, here in waiting.items()}
         for op in reversed(self.done):
-            if op.result in waiting and op.result not in self.fronts:
+            if op.result in waiting and op.result not in tail:
                 more = self._pull(op, waiting.pop(op.result), waiting, lent=True)
                 total = total if more is None else total + more
         return self._closed(total, waiting)
@@ -223,14 +232,13 @@ class Chain:
         return self.start(name, more) - 4 * self.own * self.dot(name, pulled[name].abs(), self.values[name].size())
 
     def _inside(self, name: str, slopes: Tensor) -> Tensor:
+        box = self.values[name][0] if isinstance(self.values[name], tuple) else self.values[name]
+        shape = box.low.shape
+        if shape[0] != self.batch or self.graph.strides.get(name) != shape[1:].numel():
+            box, slopes = Interval(self.flat(name, box.low), self.flat(name, box.high)), self.flat(name, slopes)
         if name not in self._insides:
-            box = self.values[name][0] if isinstance(self.values[name], tuple) else self.values[name]
-            middle, radius = _relax.middle(box, self.kind)
-            size = (middle.abs() + radius).to(self.kind)
-            loss = 4 * self.dots + 4 * self.own * self.readers(name)
-            self._insides[name] = middle.to(self.kind), -outward(radius, self.kind, torch.inf) - loss * size
-        middle, wide = self._insides[name]
-        return self.sums(name, (slopes, middle), (slopes.abs(), wide))
+            self._insides[name] = Ends(Box(box.low, box.high), self.kind, self._last)
+        return self._insides[name].least(slopes, 4 * self.own * self.readers(name))
 
     def flat(self, name: str, value: Tensor) -> Tensor:
         """[..., B, n] from [..., *shape]: the entries of every example, in order."""

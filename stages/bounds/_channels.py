@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import threshold
 
 from stages.bounds import _layout, _linear, _lined, _ops, _slack, _stored
 from stages.bounds._backward import Chain
@@ -30,6 +31,7 @@ from stages.bounds._trace import Op, Trace, fill
 from stages.bounds.base import Box
 
 _NORM = "_native_batch_norm_legit_no_training"
+_APIECE = frozenset({"add", "sub", "mul", "div"})
 
 
 class Channelwise(Chain):
@@ -46,10 +48,23 @@ class Channelwise(Chain):
             low, high = outward(box.low, self.kind, -torch.inf), outward(box.high, self.kind, torch.inf)
             self.values[self.graph.input] = Interval(low.contiguous(), high.contiguous())
         self.made = {op.result: op for op in self.graph.ops}
-        self._shared = {self.graph.output}.union(*(op.reads() for op in self.graph.ops if op.kind != "convolution"))
+        self._early = [] if box.ball else self._alone()
+        self.begins.update(self._early[-1:])
+        self._shared = {self.graph.output}.union(
+            *(op.reads() for op in self.graph.ops if not op.counts and op.kind != "convolution")
+        )
         self._padded = {
             name for op in self.graph.ops if op.kind == "convolution" and any(op.args[4]) for name in op.reads()[:1]
         }
+
+    def follow(self, op: Op) -> None:
+        """Shortcuts that step over pixels go to the front of what reads the same value: the way back, which is the other
+        way around, then adds what they give to what is there, in place of laying out mostly zeros for a sum."""
+        super().follow(op)
+        if _linear.skips(op, self.values):
+            self.done.pop()
+            places = [place for place, before in enumerate(self.done) if before.result == op.reads()[0]]
+            self.done.insert(places[0] + 1 if places else 0, op)
 
     def start(self, name: str, slopes: Tensor) -> Tensor:
         self._shared.add(name)  # with whom asks
@@ -60,14 +75,32 @@ class Channelwise(Chain):
     def _pull(self, op: Op, here: Any, waiting: dict[str, Any], lent: bool = False) -> Tensor | None:
         name = op.reads()[0]
         there = waiting.get(name) if self.owned(name) and not lent else None
-        if there is None or not _linear.add_skipping(op, self.values, here, there):
+        if there is not None and _linear.skips(op, self.values):
+            _linear.add_skipping(op, self.values, here, there)
+        else:
             super()._pull(op, here, waiting)
         if op.result not in self.settled:
             return None
         offset, slack = self.settled[op.result]
         return self.sums(op.result, (here, offset), (here.abs(), -slack))
 
+    def _alone(self) -> list[str]:
+        """What becomes of the image, one after the other, as long as every pixel goes its own way (a normalisation)."""
+        found, name = [], self.graph.input
+        readers = {read: [op for op in self.graph.ops if read in op.reads() and not op.counts] for read in self.graph.entries}
+        while len(readers[name]) == 1 and readers[name][0].reads().count(name) == 1:
+            op = readers[name][0]
+            others = [read for read in op.reads() if read != name and read in self.graph.moving]
+            same = self.graph.entries.get(op.result) == self.graph.entries[self.graph.input]
+            if op.kind not in _APIECE or others or not same or op.result == self.graph.output:
+                break
+            name = op.result
+            found.append(name)
+        return found
+
     def _carry(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if op.result in self._early:  # its box is all that is asked of it
+            return
         source = op.reads()[0]
         if op.kind == "getitem" and source in self.peaks:
             self.set_peak(op.result, self.peaks[source])
@@ -208,28 +241,26 @@ class _Relu:
     def __call__(self, chain: Chain, slopes: Tensor, lower: Tensor | None) -> tuple[_linear.Pulled, Tensor]:
         assert isinstance(chain, Channelwise)
         del lower  # nobody optimises slopes here
-        laid = slopes.permute(0, 1, 3, 4, 2)
-        flat = laid.flatten(1)
-        part = torch.prelu(flat, self.bend).mul_(self.down)
-        negative = flat.clamp_(max=0) if chain.owned(self.result) else flat.clamp(max=0)
-        lost = _lined.blocked(negative.mul_(self.drop).view(*laid.shape[:2], -1))
-        part = part.view(laid.shape)
-        paid = _sums(part).mul_(self.level).sum(2)
-        return {self.name: part.permute(0, 1, 4, 2, 3)}, paid.sub_(lost, alpha=1 + 2.1 * chain.dots + 16 * chain.own)
+        laid = slopes.permute(1, 0, 3, 4, 2).contiguous()
+        part = torch.ops.aten._prelu_kernel(laid, self.bend).mul_(self.down)
+        negative = laid.clamp_(max=0) if chain.owned(self.result) else laid.clamp(max=0)
+        lost = _lined.blocked(negative.mul_(self.drop).flatten(2))
+        paid = _sums(part).mul_(self.level[:, None]).sum(2)
+        total = paid.sub_(lost, alpha=1 + 2.1 * chain.dots + 16 * chain.own)
+        return {self.name: part.permute(1, 0, 4, 2, 3)}, total.T
 
 
 def _entries(value: Tensor) -> Tensor:
-    """[B C H W] in the order in which images lie."""
-    return value.permute(0, 2, 3, 1).flatten()
+    """[B, 1, H, W, C] from [B, C, H, W]"""
+    return value.permute(0, 2, 3, 1).contiguous().unsqueeze(1)
 
 
 def _relu(chain: Channelwise, op: Op, name: str) -> _Relu:
     """The lines of `_relax.relu`.
 
     up = h / (h + d), computed, is off by 2.1 units, so the line above has to clear up d by 5 units of d and 3 of h; it
-    does by 16 of the channel's largest value. A slope of 0 below is one of 2^-30, so that the one above can be a
-    multiple of it, which a processor has one step for; 0 where the ReLU is off, or such slopes would add up to
-    numbers too small to be quick.
+    does by 16 of the channel's largest value. A slope of 0 below is 2^-30 of the one above, so that this can be a
+    multiple of it, which a processor has one step for; 0 where the ReLU is off.
     """
     x, above, peak = chain.values[name], chain.values[op.result].high, chain.peaks[name]
     slack = torch.add(1.001 * chain.thin(name), peak, alpha=4 * chain.own * (chain.readers(op.result) + 1))
@@ -238,9 +269,8 @@ def _relu(chain: Channelwise, op: Op, name: str) -> _Relu:
     up = above - below
     torch.div(above, up, out=up)
     drop = below.sub_(more, alpha=2).mul_(up)
-    down = up.round().clamp_(min=2.0**-30)
-    bend = up / down
-    down.mul_(up.ceil_())
+    bend = threshold(up, 0.5, 2.0**30)
+    down = up.div_(bend)
     level = -slack
     if name in chain.offset:
         level = chain.offset[name].select(3, 0).select(2, 0).double() - slack
@@ -255,7 +285,7 @@ def _relu(chain: Channelwise, op: Op, name: str) -> _Relu:
 
 
 def _sums(rows: Tensor) -> Tensor:
-    """[R, B, C] float64 from [R, B, H, W, C]: over a channel's pixels, in blocks that `Chain.dots` covers."""
+    """[B, R, C] float64 from [B, R, H, W, C]: over a channel's pixels, in blocks that `Chain.dots` covers."""
     pixels = rows.shape[2] * rows.shape[3]
     blocks = rows.view(*rows.shape[:2], -1, _part(pixels, _lined.BLOCK), rows.shape[4])
     found: Tensor = blocks.sum(3).sum(2, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -23,17 +24,32 @@ def trained(net: nn.Module) -> bool:
 
 def last(value: Any, wanted: bool = True) -> Any:
     """Images [B, C, H, W], and weights of that many dimensions, channels-last where `wanted`; the rest as it is."""
-    if wanted and isinstance(value, Tensor) and value.dim() == 4:
-        return value.contiguous(memory_format=torch.channels_last)
-    return value
+    if not (wanted and isinstance(value, Tensor) and value.dim() == 4):
+        return value
+    if value.shape[1] == 1:  # either order, which kernels take for the other one unless its strides say so
+        value = value[:, 0, :, :, None].permute(0, 3, 1, 2)
+    return value.contiguous(memory_format=torch.channels_last)
 
 
 def alike(value: Tensor, pattern: Tensor) -> Tensor:
     """[..., *shape] in the order in which `pattern` [*shape] lies, where that is channels-last."""
     if pattern.dim() != 4 or pattern.is_contiguous() or not pattern.is_contiguous(memory_format=torch.channels_last):
         return value
+    if value.dim() == 5 and not value.flatten(0, 1).is_contiguous(memory_format=torch.channels_last):
+        return value.permute(1, 0, 3, 4, 2).contiguous().permute(1, 0, 4, 2, 3)  # as `merged` has it
     laid: Tensor = last(value.flatten(0, -4)).view(value.shape)
     return laid
+
+
+def merged(slopes: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """[R B, ...] of coefficients [R, B, ...] in the order in which they lie, and the way back from there.
+
+    With the rows of an image side by side, lines that all of them share stay in a processor's cache.
+    """
+    rows, batch = slopes.shape[:2]
+    if slopes.stride(0) < slopes.stride(1):
+        return slopes.transpose(0, 1).flatten(0, 1), lambda flat: flat.unflatten(0, (batch, rows)).transpose(0, 1)
+    return slopes.flatten(0, 1), lambda flat: flat.unflatten(0, (rows, batch))
 
 
 def by_image(value: Tensor, dims: int, batch: int, stride: int) -> Tensor:

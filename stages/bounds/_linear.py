@@ -76,11 +76,12 @@ def _moved(op: Op, values: dict[str, Any]) -> list[str]:
 
 def _convolution(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
     x, weight, _, stride, padding, dilation, transposed, _, groups = args
-    flat, sizes = slopes.flatten(0, 1), x.low.shape[2:]
-    if not transposed and groups == 1 and (narrow(weight, stride, dilation) or _skips(weight, stride, padding)):
+    sizes = x.low.shape[2:]
+    flat, apart = _layout.merged(slopes)
+    plain = not transposed and groups == 1
+    if plain and (_thin(weight, stride, dilation, sizes) or _skips(weight, stride, padding)):
         back = _phases.transposed(flat, weight, each(stride, 2), each(padding, 2), list(sizes))
-        return {op.args[0].name: back.view(*slopes.shape[:2], *back.shape[1:])}
-    if transposed:
+    elif transposed:
         back = torch.ops.aten.convolution(flat, weight, None, stride, padding, dilation, False, [0], groups)
     else:
         space = len(sizes)
@@ -93,7 +94,7 @@ def _convolution(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
         if any(r < 0 or r >= max(s, d) for r, s, d in zip(rest, steps, holes, strict=True)):
             return _folded(op, args, slopes)
         back = torch.ops.aten.convolution(flat, weight, None, steps, pads, holes, True, rest, groups)
-    return {op.args[0].name: back.view(*slopes.shape[:2], *back.shape[1:])}
+    return {op.args[0].name: apart(back)}
 
 
 def narrow(weight: Tensor, stride: list[int], dilation: list[int]) -> bool:
@@ -106,22 +107,32 @@ def narrow(weight: Tensor, stride: list[int], dilation: list[int]) -> bool:
     )
 
 
+def _thin(weight: Tensor, stride: list[int], dilation: list[int], sizes: torch.Size) -> bool:
+    """Whether pixels of so few channels are quicker several at a time."""
+    if weight.dim() != 4 or weight.shape[1] > _FEW or math.prod(dilation) > 1:
+        return False
+    return weight.shape[2:].numel() > 1 and _phases.abreast(sizes[1], each(stride, 2)) > 1
+
+
 def _skips(weight: Tensor, stride: list[int], padding: list[int]) -> bool:
     """Whether a convolution reads single pixels and steps over others."""
     return weight.dim() == 4 and weight.shape[2:].numel() == 1 < math.prod(each(stride, 2)) and not any(padding)
 
 
-def add_skipping(op: Op, values: dict[str, Any], slopes: Tensor, there: Tensor) -> bool:
-    """Adds what `pull` gives to `there`, if it is a convolution that passes over most pixels; else says so."""
+def skips(op: Op, values: dict[str, Any]) -> bool:
+    """Whether an operation is a convolution that passes over most pixels."""
     if op.kind != "convolution":
         return False
     _, weight, _, stride, padding, _, transposed, _, groups = fill(op.args, values)
-    if transposed or groups != 1 or not _skips(weight, stride, padding):
-        return False
+    return not transposed and groups == 1 and _skips(weight, stride, padding)
+
+
+def add_skipping(op: Op, values: dict[str, Any], slopes: Tensor, there: Tensor) -> None:
+    """Adds what `pull` gives to `there`, for a convolution that `skips`."""
+    _, weight, _, stride, *_ = fill(op.args, values)
     down, along = each(stride, 2)
-    read = there.flatten(0, 1)[:, :, ::down, ::along]
-    read.add_(_phases.pixels(slopes.flatten(0, 1), weight))
-    return True
+    flat, apart = _layout.merged(slopes)
+    there[..., ::down, ::along].add_(apart(_phases.pixels(flat, weight)))
 
 
 def _folded(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
@@ -179,8 +190,9 @@ def _scale(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
 def _mean(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
     """A mean over pixels, as each one's share."""
     x: Tensor = args[0].low
-    wide = (slopes / x[0, 0].numel()).reshape(*slopes.shape[:3], 1, 1).expand(len(slopes), *x.shape)
-    return {op.args[0].name: _layout.alike(wide, x)}
+    share = (slopes / x[0, 0].numel()).reshape(*slopes.shape[:3]).transpose(0, 1)
+    wide = share[:, :, None, None].expand(*share.shape[:2], *x.shape[2:], x.shape[1]).contiguous()
+    return {op.args[0].name: wide.permute(1, 0, 4, 2, 3)}
 
 
 def _of_pixels(op: Op, args: tuple[Any, ...]) -> bool:

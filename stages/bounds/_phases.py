@@ -1,8 +1,10 @@
-"""Transposes of strided convolutions as plain ones, which kernels do in half the time where channels are few.
+"""Transposes of convolutions to few channels as convolutions to more, which kernels do in half the time.
 
 y = conv(x) with stride s sums x[s i + k - p] w[k] over the taps k. Backward, x[s q + f] gets a[q - d] w[s d + f + p]
 over all d: for each of the s phases f a convolution of a, without a stride. All phases together are one convolution
-with as many outputs, whose results interleave. Taps that a phase does not have are zeros in its kernel.
+with as many outputs, whose results interleave. Without a stride, n pixels side by side take the place of phases:
+x[n q + f] gets a[n q + f - d] w[d + p], a convolution of a with stride n, whose results lie as single pixels do. Taps
+that a phase or a place does not have are zeros in its kernel.
 """
 
 from functools import cache
@@ -11,23 +13,38 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_LANES = 8  # kernels take so many channels at once
+_LANES, _MOST = 8, 4  # kernels take so many channels at once; so many pixels side by side are quickest
 
 
 def transposed(rows: Tensor, weight: Tensor, stride: list[int], padding: list[int], sizes: list[int]) -> Tensor:
     """[N, C, *sizes], channels-last, from rows [N, O, h, w] and weights [O, C, ...] of a convolution of two sides."""
-    if weight[0, 0].numel() == 1 and padding == [0, 0]:
+    channels, (tall, broad) = weight.shape[1], weight.shape[2:]
+    if tall * broad == 1 and padding == [0, 0]:
         return _spread(rows, weight, stride, sizes)
-    (down, above, below), (along, left, right) = (_taps(weight.shape[2 + i], stride[i], padding[i]) for i in (0, 1))
+    some = abreast(sizes[1], stride)
+    (down, above), (along, left) = _taps(tall, stride[0], padding[0], stride[0]), _taps(broad, stride[1], padding[1], some)
+    height, width, step = -(-sizes[0] // stride[0]), -(-sizes[1] // some), some // stride[1]
+    top = max(above, height + len(down[0]) - 1 - above - rows.shape[2], 0)
+    side = max(left, step * (width - 1) + len(along[0]) - left - rows.shape[3], 0)
     kernel = torch.einsum("ptk,qul,ockl->pqcotu", down.to(weight), along.to(weight), weight).flatten(0, 2)
-    outputs, channels = len(kernel), weight.shape[1]
-    kernel = F.pad(kernel, (0, 0, 0, 0, 0, 0, 0, -outputs % _LANES)).contiguous(memory_format=torch.channels_last)
-    height, width = (-(-size // step) for size, step in zip(sizes, stride, strict=True))
-    around = left, width - rows.shape[3] + right, above, height - rows.shape[2] + below
-    found = F.conv2d(F.pad(rows, around), kernel).permute(0, 2, 3, 1)[..., :outputs]
-    laid = found.reshape(len(rows), height, width, stride[0], stride[1] * channels).transpose(2, 3)
-    laid = laid.reshape(len(rows), height * stride[0], width * stride[1], channels)
+    # As many zeros on either side cost no copy. What they add before the first place is left aside, or read in vain.
+    ahead = 0 if step == 1 else side - left
+    outputs = len(kernel)
+    kernel = F.pad(kernel, (ahead, 0, 0, 0, 0, 0, 0, -outputs % _LANES if step == 1 else 0))
+    kernel = kernel.contiguous(memory_format=torch.channels_last)
+    found = F.conv2d(rows, kernel, None, (1, step), (top, side)).permute(0, 2, 3, 1)
+    above, left = top - above, side - left - ahead
+    found = found[:, above : above + height, left : left + width, :outputs]
+    laid = found.reshape(len(rows), height, width, stride[0], some * channels).transpose(2, 3)
+    laid = laid.reshape(len(rows), height * stride[0], width * some, channels)
     return laid[:, : sizes[0], : sizes[1]].permute(0, 3, 1, 2)
+
+
+def abreast(width: int, stride: list[int]) -> int:
+    """How many pixels side by side are one step: the phases, or a few where there is one."""
+    if stride[0] == stride[1] == 1:
+        return next(some for some in (_MOST, 3, 2, 1) if width % some == 0)
+    return stride[1]
 
 
 def _spread(rows: Tensor, weight: Tensor, stride: list[int], sizes: list[int]) -> Tensor:
@@ -44,13 +61,13 @@ def pixels(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 @cache
-def _taps(taps: int, stride: int, padding: int) -> tuple[Tensor, int, int]:
-    """One-hot [phase, place in the window, tap]; how far the window reaches before and beyond a place."""
+def _taps(taps: int, stride: int, padding: int, places: int) -> tuple[Tensor, int]:
+    """One-hot [place, entry of the window, tap]; how far the window reaches before a place."""
     steps = {
-        (f, k): (k - f - padding) // stride for f in range(stride) for k in range((f + padding) % stride, taps, stride)
+        (f, k): (k - f - padding) // stride for f in range(places) for k in range((f + padding) % stride, taps, stride)
     }
     most, least = max(steps.values()), min(steps.values())
-    chosen = torch.zeros(stride, most - least + 1, taps)
+    chosen = torch.zeros(places, most - least + 1, taps)
     for (f, k), step in steps.items():
         chosen[f, most - step, k] = 1
-    return chosen, most, -least
+    return chosen, most

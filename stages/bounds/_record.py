@@ -92,16 +92,17 @@ def substitute(tree: Any, swap: Callable[[Ref], Any]) -> Any:
 
 def fill(tree: Any, values: Mapping[str, Any]) -> Any:
     """`tree` with every `Ref` replaced by its value."""
-    if isinstance(tree, Ref):
+    kind = type(tree)
+    if kind is Ref:
         return values[tree.name]
-    if isinstance(tree, list | tuple):  # asked for all the time: leaves take no call of their own
-        return type(tree)([fill(branch, values) if isinstance(branch, _BRANCHES) else branch for branch in tree])
-    if isinstance(tree, dict):
+    if kind is tuple or kind is list:  # asked for all the time: leaves take no call of their own
+        return kind([fill(branch, values) if type(branch) in _BRANCHES else branch for branch in tree])
+    if kind is dict:
         return {key: fill(branch, values) for key, branch in tree.items()}
     return tree
 
 
-_BRANCHES = (Ref, list, tuple, dict)
+_BRANCHES = {Ref, tuple, list, dict}
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType, NoneType
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -84,6 +84,7 @@ def _unmasked(value: Any) -> Any:
 
 _kept: WeakKeyDictionary[nn.Module, tuple[object, Trace, dict[str, Tensor]]] = WeakKeyDictionary()
 _CODE = type, ModuleType, FunctionType, MethodType
+_PLAIN = {bool, int, float, str, NoneType}
 _REGISTERED = {"_parameters", "_buffers", "_modules"}
 
 
@@ -126,9 +127,10 @@ def _fingerprint(net: nn.Module, image: Tensor) -> object:
     """What a trace depends on: all but the values of parameters and buffers. Equal to another one, or not."""
     paths = dict(net.named_modules(remove_duplicate=False))
     known = {id(module) for module in paths.values()}
+    kinds = {kind: _shared(kind, known) for kind in {type(module) for module in paths.values()}}
     modules = [
         (
-            (path, type(module), _shared(type(module), known)),
+            (path, type(module), kinds[type(module)]),
             [(name, _seen(value, known)) for name, value in vars(module).items() if name not in _REGISTERED],
         )
         for path, module in paths.items()
@@ -148,6 +150,8 @@ def _shared(kind: type, known: set[int]) -> object:
 
 def _seen(value: Any, known: set[int]) -> object:
     """An attribute as it is now, equal to what it was where nothing was replaced or written into."""
+    if type(value) in _PLAIN:  # as most are
+        return repr(value)
     if isinstance(value, Tensor):
         return _This(ref(value)), -1 if value.is_inference() else value._version
     if isinstance(value, dict) and not value:  # as most places for hooks are
