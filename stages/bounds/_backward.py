@@ -13,6 +13,7 @@ than 8 N products, each off by less than the smallest normal number, and what th
 Values of images and the coefficients of their entries are channels-last (`_layout`).
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from stages.bounds import _layout, _linear, _lined, _ops, _relax, _slack
 from stages.bounds._ball import Ends
-from stages.bounds._interval import DOUBLE, SINGLE, TINY, Interval, Rounding, gamma, low_ends, outward
+from stages.bounds._interval import DOUBLE, SINGLE, TINY, Interval, Rounding, gamma, low_ends
 from stages.bounds._trace import Op, Trace, fill, trace
 from stages.bounds.base import Box
 from stages.bounds.ibp import split
@@ -78,10 +79,7 @@ class Chain:
         for op in reversed(self.graph.ops):
             if op.kind == "relu" or (op.result in self._before_relu and op.kind in _PAYING):
                 self._before_relu.update(op.reads())
-        self.reads: dict[str, int] = {}
-        for op in self.graph.ops:
-            for name in op.reads():
-                self.reads[name] = self.reads.get(name, 0) + 1
+        self.reads = Counter(name for op in self.graph.ops for name in op.reads())
         self.dots = gamma(_lined.BLOCK + 8, self.own) + gamma(8192, DOUBLE)
 
     def follow(self, op: Op) -> None:
@@ -149,14 +147,13 @@ class Chain:
 
         `lower` gives slopes in [0, 1] for the lower lines of ReLUs, by result, [1 or R, ...]; `push` gives coefficients
         of what operations read, by result, which are added on the way (multipliers of constraints on it). With `boxes`
-        they are the larger ones of these and of interval arithmetic with a merged tail: the last non-linear operations
-        on the way by their boxes. `watch` is filled with the coefficients of the results of non-linear operations and
-        of the image.
+        they are the larger ones of these and of interval arithmetic with a merged tail (`ibp.split`). `watch` is filled
+        with the coefficients of the results of non-linear operations and of the image.
         """
         total = self.start(name, slopes) - self.faint
         waiting: dict[str, Any] = {name: slopes}
         least = None
-        tail = self.tail() if boxes else set()
+        tail = {*self.fronts, *self.begins, *split(self.graph).fronts} if boxes else set()
         for op in reversed(self.done):
             if op.result in self.begins:
                 continue
@@ -196,10 +193,6 @@ class Chain:
             _add(waiting, _linear.pull(op, self.values, here), op.kind == "convolution" and not torch.is_grad_enabled())
         return None
 
-    def tail(self) -> set[str]:
-        """The values whose boxes interval arithmetic ends at: nothing is lost between them and the output."""
-        return {*self.fronts, *self.begins, *split(self.graph).fronts}
-
     def _boxed(self, total: Tensor, waiting: dict[str, Any], tail: set[str]) -> Tensor:
         """The bound with all that comes before `tail` by its box; `waiting` stays as it is."""
         waiting = {name: dict(here) if isinstance(here, dict) else here for name, here in waiting.items()}
@@ -218,8 +211,7 @@ class Chain:
                 total = total + self._inside(name, here[0] if isinstance(here, dict) else here)
         return total
 
-    def input_loss(self) -> float:
-        """What adding up the coefficients of the input's several readers may lose of |a|^T |x|."""
+    def input_loss(self) -> float:  # what adding up the coefficients of its several readers may lose of |a|^T |x|
         return 4 * self.own * self.reads[self.graph.input]
 
     def _pushed(self, name: str, pulled: _linear.Pulled, more: Tensor) -> Tensor:
@@ -232,13 +224,16 @@ class Chain:
         return self.start(name, more) - 4 * self.own * self.dot(name, pulled[name].abs(), self.values[name].size())
 
     def _inside(self, name: str, slopes: Tensor) -> Tensor:
-        box = self.values[name][0] if isinstance(self.values[name], tuple) else self.values[name]
-        shape = box.low.shape
-        if shape[0] != self.batch or self.graph.strides.get(name) != shape[1:].numel():
+        box = self._box(name)
+        if not self.in_order(name):
             box, slopes = Interval(self.flat(name, box.low), self.flat(name, box.high)), self.flat(name, slopes)
         if name not in self._insides:
             self._insides[name] = Ends(Box(box.low, box.high), self.kind, self._last)
         return self._insides[name].least(slopes, 4 * self.own * self.readers(name))
+
+    def in_order(self, name: str) -> bool:
+        """Whether a value holds one image after the other."""
+        return self.shape(name)[0] == self.batch and self.graph.strides.get(name) == self.shape(name)[1:].numel()
 
     def flat(self, name: str, value: Tensor) -> Tensor:
         """[..., B, n] from [..., *shape]: the entries of every example, in order."""
@@ -246,14 +241,15 @@ class Chain:
 
     def unflat(self, name: str, value: Tensor) -> Tensor:
         """The inverse of `flat`."""
-        box = self.values[name]
         laid = _layout.from_images(value, self.shape(name), self.graph.stride(name))
-        return _layout.alike(laid, (box[0] if isinstance(box, tuple) else box).low)
+        return _layout.alike(laid, self._box(name).low)
 
     def shape(self, name: str) -> torch.Size:
-        value = self.values[name]
-        first: Interval = value[0] if isinstance(value, tuple) else value
-        return first.low.shape
+        return self._box(name).low.shape
+
+    def _box(self, name: str) -> Interval:
+        found: Interval = self.values[name][0] if isinstance(self.values[name], tuple) else self.values[name]
+        return found
 
     def cast(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import threshold
 
-from stages.bounds import _layout, _linear, _lined, _ops, _slack, _stored
+from stages.bounds import _alive, _layout, _linear, _lined, _ops, _slack, _stored
 from stages.bounds._backward import Chain
 from stages.bounds._interval import TINY, Interval, gamma, outward
 from stages.bounds._trace import Op, Trace, fill
@@ -43,6 +43,8 @@ class Channelwise(Chain):
         self.thins: dict[str, Tensor] = {}
         self._near: set[str] = set()
         self.settled: dict[str, tuple[Tensor, Tensor]] = {}
+        self.alive: dict[str, Tensor] = {}  # channels that are left of a value's coefficients, or of a value (`_alive`)
+        self.slim: dict[str, Op] = {}  # convolutions as they pass on what is left of their results' coefficients
         if any(op.kind != "convolution" for op in self.graph.ops if self.graph.input in op.reads()):
             # As they came: three channels last make short loops.
             low, high = outward(box.low, self.kind, -torch.inf), outward(box.high, self.kind, torch.inf)
@@ -58,8 +60,9 @@ class Channelwise(Chain):
         }
 
     def follow(self, op: Op) -> None:
-        """Shortcuts that step over pixels go to the front of what reads the same value: the way back, which is the other
-        way around, then adds what they give to what is there, in place of laying out mostly zeros for a sum."""
+        """Shortcuts that step over pixels go to the front of what reads the same value: the way back, the other way
+        around, then adds what they give to what is there, in place of laying out mostly zeros for a sum."""
+        op = self.made[op.result] = _alive.reading(self, op)
         super().follow(op)
         if _linear.skips(op, self.values):
             self.done.pop()
@@ -73,9 +76,11 @@ class Channelwise(Chain):
         return slopes.new_zeros(len(slopes), self.batch, dtype=torch.float64)  # comes with the coefficients
 
     def _pull(self, op: Op, here: Any, waiting: dict[str, Any], lent: bool = False) -> Tensor | None:
-        name = op.reads()[0]
+        op, name = self.slim.get(op.result, op), op.reads()[0]
         there = waiting.get(name) if self.owned(name) and not lent else None
-        if there is not None and _linear.skips(op, self.values):
+        if op.kind == "add" and op.result in self.alive:
+            waiting.update(dict.fromkeys(self.operands(op), here))  # which nobody else reads
+        elif there is not None and _linear.skips(op, self.values):
             _linear.add_skipping(op, self.values, here, there)
         else:
             super()._pull(op, here, waiting)
@@ -87,7 +92,9 @@ class Channelwise(Chain):
     def _alone(self) -> list[str]:
         """What becomes of the image, one after the other, as long as every pixel goes its own way (a normalisation)."""
         found, name = [], self.graph.input
-        readers = {read: [op for op in self.graph.ops if read in op.reads() and not op.counts] for read in self.graph.entries}
+        readers = {
+            read: [op for op in self.graph.ops if read in op.reads() and not op.counts] for read in self.graph.entries
+        }
         while len(readers[name]) == 1 and readers[name][0].reads().count(name) == 1:
             op = readers[name][0]
             others = [read for read in op.reads() if read != name and read in self.graph.moving]
@@ -140,7 +147,10 @@ class Channelwise(Chain):
         if op.kind == "relu" and name in self.peaks and name in self.paid and name not in self.settled:
             thin = _flat(self.slack[name]) and (name not in self.offset or _flat(self.offset[name]))
             if thin and math.isfinite(float(self.mosts[name].max())):
-                self.fronts[op.result] = _relu(self, op, name)
+                on = _alive.channels(self, op)
+                if on is not None:
+                    _alive.keep(self, op, on)
+                self.fronts[op.result] = _relu(self, op, name, on)
                 self.fresh.add(op.result)
                 return
         super()._draw(op)
@@ -151,8 +161,10 @@ class Channelwise(Chain):
 
     def images(self, name: str) -> bool:
         """Whether a value holds images [B, C, H, W], one after the other."""
-        shape = self.shape(name)
-        return len(shape) == 4 and shape[0] == self.batch and self.graph.strides.get(name) == math.prod(shape[1:])
+        return len(self.shape(name)) == 4 and self.in_order(name)
+
+    def in_order(self, name: str) -> bool:
+        return name in self.alive or super().in_order(name)
 
     def peak(self, name: str, near: bool = False) -> Tensor:
         """[B, C] float64: no less than |x| + |b| of any entry of a channel; `near` where it is worth a look at all."""
@@ -255,17 +267,19 @@ def _entries(value: Tensor) -> Tensor:
     return value.permute(0, 2, 3, 1).contiguous().unsqueeze(1)
 
 
-def _relu(chain: Channelwise, op: Op, name: str) -> _Relu:
-    """The lines of `_relax.relu`.
+def _relu(chain: Channelwise, op: Op, name: str, on: Tensor | None) -> _Relu:
+    """The lines of `_relax.relu`, of the channels `on`.
 
     up = h / (h + d), computed, is off by 2.1 units, so the line above has to clear up d by 5 units of d and 3 of h; it
     does by 16 of the channel's largest value. A slope of 0 below is 2^-30 of the one above, so that this can be a
     multiple of it, which a processor has one step for; 0 where the ReLU is off.
     """
-    x, above, peak = chain.values[name], chain.values[op.result].high, chain.peaks[name]
-    slack = torch.add(1.001 * chain.thin(name), peak, alpha=4 * chain.own * (chain.readers(op.result) + 1))
+    low, above, peak, thin = chain.values[name].low, chain.values[op.result].high, chain.peaks[name], chain.thin(name)
+    if on is not None:
+        low, peak, thin = _alive.pick(low, on), peak[:, on], thin[:, on]
+    slack = torch.add(1.001 * thin, peak, alpha=4 * chain.own * (chain.readers(op.result) + 1))
     more = torch.add(slack, peak, alpha=8 * chain.own).to(chain.kind).view(*peak.shape, 1, 1)
-    below = x.low.clamp(max=-TINY)
+    below = low.clamp(max=-TINY)
     up = above - below
     torch.div(above, up, out=up)
     drop = below.sub_(more, alpha=2).mul_(up)
@@ -273,7 +287,8 @@ def _relu(chain: Channelwise, op: Op, name: str) -> _Relu:
     down = up.div_(bend)
     level = -slack
     if name in chain.offset:
-        level = chain.offset[name].select(3, 0).select(2, 0).double() - slack
+        offset = chain.offset[name].select(3, 0).select(2, 0).double()
+        level = (offset if on is None else offset[:, on]) - slack
     source = chain.made[name].reads()[0] if chain.made[name].kind == "getitem" else ""
     norm = chain.made.get(source)
     if norm is not None and norm.kind == _NORM and chain.readers(name) == chain.readers(source) == 1:

@@ -22,7 +22,10 @@ def transposed(rows: Tensor, weight: Tensor, stride: list[int], padding: list[in
     if tall * broad == 1 and padding == [0, 0]:
         return _spread(rows, weight, stride, sizes)
     some = abreast(sizes[1], stride)
-    (down, above), (along, left) = _taps(tall, stride[0], padding[0], stride[0]), _taps(broad, stride[1], padding[1], some)
+    (down, above), (along, left) = (
+        _taps(tall, stride[0], padding[0], stride[0]),
+        _taps(broad, stride[1], padding[1], some),
+    )
     height, width, step = -(-sizes[0] // stride[0]), -(-sizes[1] // some), some // stride[1]
     top = max(above, height + len(down[0]) - 1 - above - rows.shape[2], 0)
     side = max(left, step * (width - 1) + len(along[0]) - left - rows.shape[3], 0)

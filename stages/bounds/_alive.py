@@ -1,0 +1,95 @@
+"""Channels that are off: a ReLU whose box is 0 in a whole channel, for every image of a group, leaves it out.
+
+Networks that are trained for intervals have many (a third to four fifths of a layer). Such a channel is exactly 0, so
+convolutions that read it do without it and their weights for it. On the way back its coefficients are 0 after the ReLU,
+so what the ReLU reads does without it too, down to the convolutions that it is a sum of.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from stages.bounds import _layout, _slack
+from stages.bounds._interval import Interval
+from stages.bounds._trace import Op, Ref, fill
+
+if TYPE_CHECKING:
+    from stages.bounds._channels import Channelwise
+
+_WORTH = 7 / 8  # of the channels that are left, or more: not worth it
+
+
+def channels(chain: "Channelwise", op: Op) -> Tensor | None:
+    """Those of a ReLU's result that are on anywhere; none where too few are off, or others need them all.
+
+    The box must be finite.
+    """
+    result = op.result
+    readers = [reader for reader in chain.graph.ops if result in reader.reads()]
+    if not (chain.owned(result) and chain.images(result) and all(_plain(reader, result) for reader in readers)):
+        return None
+    if _sources(chain, op.reads()[0]) is None:
+        return None
+    most = chain.peak(result, near=True).amax(0)
+    on = (most > 0).nonzero()[:, 0]
+    return None if len(on) > _WORTH * len(most) else on if len(on) else on.new_zeros(1)
+
+
+def keep(chain: "Channelwise", op: Op, on: Tensor) -> None:
+    """Leaves a ReLU's result, and coefficients of what it reads, with the channels `on` alone."""
+    result = op.result
+    box = chain.values[result]
+    chain.values[result] = Interval.above_zero(pick(box.low, on), pick(box.high, on))
+    chain.set_peak(result, chain.peaks[result][:, on])
+    chain.alive[result] = on
+    for name in _sources(chain, op.reads()[0]) or ():
+        chain.alive[name] = on
+        if chain.made[name].kind == "convolution":
+            chain.slim[name] = _with(chain, chain.made[name], "out", lambda weight: weight[on])
+
+
+def reading(chain: "Channelwise", op: Op) -> Op:
+    """An operation as it reads what is left of its operand."""
+    first = op.args[0] if op.kind == "convolution" else None
+    on = chain.alive.get(first.name) if isinstance(first, Ref) else None
+    return op if on is None else _with(chain, op, "in", lambda weight: weight[:, on])
+
+
+def pick(value: Tensor, on: Tensor) -> Tensor:
+    """[B, len(on), H, W], channels-last: some of the channels."""
+    batch, channels, height, width = value.shape
+    flat = value.permute(0, 2, 3, 1).reshape(-1, channels).index_select(1, on)
+    return flat.view(batch, height, width, len(on)).permute(0, 3, 1, 2)
+
+
+def _with(chain: "Channelwise", op: Op, side: str, part: Any) -> Op:
+    name = f"{op.result}.weight.{side}"
+    chain.values[name] = _layout.last(part(fill(op.args[1], chain.values)))
+    return replace(op, args=(op.args[0], Ref(name), *op.args[2:]))
+
+
+def _plain(op: Op, name: str = "") -> bool:
+    """Whether an operation is a convolution of one group, and, of a value `name`, by fixed weights."""
+    if op.kind != "convolution" or op.args[6] or op.args[8] != 1:
+        return False
+    return not name or (op.args[0] == Ref(name) and op.reads().count(name) == 1)
+
+
+def _sources(chain: "Channelwise", name: str) -> list[str] | None:
+    """`name` and what it is a sum of, down to convolutions; None where anybody else reads one, or there is more."""
+    found = list(_down(chain, name))
+    return None if None in found else [name for name in found if name is not None]
+
+
+def _down(chain: "Channelwise", name: str) -> Iterator[str | None]:
+    op = chain.made.get(name)
+    if op is None or chain.readers(name) != 1 or name in chain.settled or not chain.images(name):
+        yield None
+    elif op.kind == "add" and len(op.args) == 2 and _slack.alike(chain, op) and op.args[0] != op.args[1]:
+        yield name
+        for operand in chain.operands(op):
+            yield from _down(chain, operand)
+    else:
+        yield name if _plain(op) and len(chain.shape(op.args[0].name)) == 4 else None
