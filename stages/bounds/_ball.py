@@ -25,7 +25,6 @@ class Ends:
         ends = outward(box.low, kind, -torch.inf), outward(box.high, kind, torch.inf)
         self.inside = Interval(*(_layout.last(end, last) for end in ends))
         self._own = SINGLE if kind == torch.float32 else DOUBLE
-        self._middle, self._radius = self.inside.split()
         self._parts: dict[float, tuple[Tensor, Tensor]] = {}
         self.ball = box.ball
         if box.ball is not None:
@@ -67,9 +66,10 @@ class Ends:
         """m and r' of the box."""
         if loss in self._parts:
             return self._parts[loss]
+        middle, radius = self.inside.split()
         # Units of max |x|: four for a term, one for the radius, one for r' and seven for adding up eight terms.
-        share = loss + 16 * self._own + 4 * gamma(self._middle[0].numel() + 32, DOUBLE)
-        self._parts[loss] = self._middle, torch.add(self._radius, self.inside.size(), alpha=share)
+        share = loss + 16 * self._own + 4 * gamma(middle[0].numel() + 32, DOUBLE)
+        self._parts[loss] = middle, torch.add(radius, self.inside.size(), alpha=share)
         return self._parts[loss]
 
     def _l1(self, flat: Tensor, centre: Tensor) -> Tensor:

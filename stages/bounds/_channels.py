@@ -11,7 +11,8 @@ and e the slack,
 is sum_c (b - e)_c sum p + sum min(a, 0) up ((-l)_+ + 2 e).
 
 A normalisation that nothing but a ReLU reads is part of the ReLU's slopes. What a padded convolution would make
-different from pixel to pixel, an offset of its operand, is paid at the operand (`settled`).
+different from pixel to pixel, an offset of its operand, is paid at the operand (`settled`). Where each pixel goes its
+own way at first, to a normalised image, the way back ends at its box. Channels that are off are left out (`_alive`).
 """
 
 import math
@@ -253,10 +254,23 @@ class _Relu:
     def __call__(self, chain: Chain, slopes: Tensor, lower: Tensor | None) -> tuple[_linear.Pulled, Tensor]:
         assert isinstance(chain, Channelwise)
         del lower  # nobody optimises slopes here
+        if slopes.stride(3) == slopes.stride(4) == 0:
+            return self._spread(chain, slopes[..., 0, 0].transpose(0, 1))
         laid = slopes.permute(1, 0, 3, 4, 2).contiguous()
         part = torch.ops.aten._prelu_kernel(laid, self.bend).mul_(self.down)
         negative = laid.clamp_(max=0) if chain.owned(self.result) else laid.clamp(max=0)
         lost = _lined.blocked(negative.mul_(self.drop).flatten(2))
+        return self._paid(chain, part, lost)
+
+    def _spread(self, chain: Channelwise, slopes: Tensor) -> tuple[_linear.Pulled, Tensor]:
+        """The same for all pixels of a channel, [B, R, C]: what a mean of them passes back."""
+        positive, negative = slopes.clamp(min=0), slopes.clamp(max=0)
+        part = positive[:, :, None, None] * self.down
+        part.addcmul_(negative[:, :, None, None], self.bend * self.down)
+        lost = (negative.double() * self.drop.sum((2, 3), dtype=torch.float64)).sum(2)
+        return self._paid(chain, part, lost)
+
+    def _paid(self, chain: Channelwise, part: Tensor, lost: Tensor) -> tuple[_linear.Pulled, Tensor]:
         paid = _sums(part).mul_(self.level[:, None]).sum(2)
         total = paid.sub_(lost, alpha=1 + 2.1 * chain.dots + 16 * chain.own)
         return {self.name: part.permute(1, 0, 4, 2, 3)}, total.T

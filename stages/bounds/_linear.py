@@ -188,11 +188,10 @@ def _scale(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
 
 
 def _mean(op: Op, args: tuple[Any, ...], slopes: Tensor) -> Pulled:
-    """A mean over pixels, as each one's share."""
+    """A mean over pixels, as each one's share, which is laid out once."""
     x: Tensor = args[0].low
-    share = (slopes / x[0, 0].numel()).reshape(*slopes.shape[:3]).transpose(0, 1)
-    wide = share[:, :, None, None].expand(*share.shape[:2], *x.shape[2:], x.shape[1]).contiguous()
-    return {op.args[0].name: wide.permute(1, 0, 4, 2, 3)}
+    share = (slopes / x[0, 0].numel()).reshape(*slopes.shape[:3], 1, 1)
+    return {op.args[0].name: share.expand(len(slopes), *x.shape)}
 
 
 def _of_pixels(op: Op, args: tuple[Any, ...]) -> bool:

@@ -30,8 +30,9 @@ class CrownIBP(Certifier):
     `memory` caps what all that takes, in GiB, by splitting images and rows; the formula is in `_sweep`. Raises
     `TooLittleMemory` where one image and one row do not fit.
     Source: Zhang et al., "Towards Stable and Efficient Training of Verifiably Robust Neural Networks", 2020, section 3.
-    Departures: rounding, whose slack is one number for a channel where no gradients are asked for (`_channels`); the
-    maximum with IBP; no loss fusion. Differentiable in the weights.
+    Departures: rounding, whose slack is one number for a channel where no gradients are asked for (`_channels`), and
+    channels that are off in every image of a group are left out there (`_alive`); the way back ends at the normalised
+    image, where it is normalised; the maximum with IBP; no loss fusion. Differentiable in the weights.
     """
 
     arithmetic: Literal["real", "float32"] = "float32"
