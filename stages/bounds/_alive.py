@@ -1,8 +1,9 @@
 """Channels that are off: a ReLU whose box is 0 in a whole channel, for every image of a group, leaves it out.
 
 Networks that are trained for intervals have many (a third to four fifths of a layer). Such a channel is exactly 0, so
-convolutions that read it do without it and their weights for it. On the way back its coefficients are 0 after the ReLU,
-so what the ReLU reads does without it too, down to the convolutions that it is a sum of.
+convolutions that read it do without it and their weights for it, which must be finite. On the way back its coefficients
+are 0 after the ReLU, so what the ReLU reads does without it too, down to the convolutions that it is a sum of. Sums are
+taken in another order then: the last digits of an image's bound may depend on the images beside it.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from stages.bounds._channels import Channelwise
 
 _WORTH = 7 / 8  # of the channels that are left, or more: not worth it
+_LEAST = 2  # one alone would lie in either order (`_layout.last`)
 
 
 def channels(chain: "Channelwise", op: Op) -> Tensor | None:
@@ -33,8 +35,10 @@ def channels(chain: "Channelwise", op: Op) -> Tensor | None:
     if _sources(chain, op.reads()[0]) is None:
         return None
     most = chain.peak(result, near=True).amax(0)
-    on = (most > 0).nonzero()[:, 0]
-    return None if len(on) > _WORTH * len(most) else on if len(on) else on.new_zeros(1)
+    kept = max(_LEAST, int((most > 0).sum()))
+    if kept > _WORTH * len(most) or not all(_finite(chain, reader) for reader in readers):
+        return None
+    return (most > 0).int().argsort(descending=True, stable=True)[:kept].sort()[0]
 
 
 def keep(chain: "Channelwise", op: Op, on: Tensor) -> None:
@@ -68,6 +72,12 @@ def _with(chain: "Channelwise", op: Op, side: str, part: Any) -> Op:
     name = f"{op.result}.weight.{side}"
     chain.values[name] = _layout.last(part(fill(op.args[1], chain.values)))
     return replace(op, args=(op.args[0], Ref(name), *op.args[2:]))
+
+
+def _finite(chain: "Channelwise", op: Op) -> bool:
+    """A weight that is not a number makes one of the logits, even times 0."""
+    weight = fill(op.args[1], chain.values)
+    return isinstance(weight, Tensor) and bool(weight.isfinite().all())
 
 
 def _plain(op: Op, name: str = "") -> bool:

@@ -6,13 +6,14 @@ most g S, S = |L| |x| + |b|, and that its transpose turns coefficients a into L^
 g' |L|^T |a|. Then a^T y differs from what is bounded by at most (g + g') |a|^T S, and S does not depend on a. So each
 value carries a slack e, e_y = |L| e_x + (g + g') S, from one non-linear operation to the next, where it moves the lines
 outward: |a^T| e at the operand is at most |slope| |a|^T e at the result. The offsets b travel forward in the same way,
-so the backward pass only transposes and sums intercepts. Sums over a value are formed in blocks and added in float64.
+so the backward pass only transposes and sums intercepts. Sums over a value are formed in parts and added in float64.
 Coefficients that are too small for the arithmetic become 0 (`faint`): a value of N entries passes on sums of no more
 than 8 N products, each off by less than the smallest normal number, and what they multiply is no larger than |x| + |b|.
 
 Values of images and the coefficients of their entries are channels-last (`_layout`).
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -148,18 +149,16 @@ class Chain:
         `lower` gives slopes in [0, 1] for the lower lines of ReLUs, by result, [1 or R, ...]; `push` gives coefficients
         of what operations read, by result, which are added on the way (multipliers of constraints on it). With `boxes`
         they are the larger ones of these and of interval arithmetic with a merged tail (`ibp.split`). `watch` is filled
-        with the coefficients of the results of non-linear operations and of the image.
+        with the coefficients of non-linear operations' results, and of the image where it comes to that.
         """
         total = self.start(name, slopes) - self.faint
         waiting: dict[str, Any] = {name: slopes}
         least = None
         tail = {*self.fronts, *self.begins, *split(self.graph).fronts} if boxes else set()
         for op in reversed(self.done):
-            if op.result in self.begins:
-                continue
             if least is None and op.result in tail and op.result in waiting:
                 least = self._boxed(total, waiting, tail)
-            here = waiting.pop(op.result, None)
+            here = None if op.result in self.begins else waiting.pop(op.result, None)
             pulled: _linear.Pulled = {}
             if here is None:
                 pass
@@ -233,7 +232,8 @@ class Chain:
 
     def in_order(self, name: str) -> bool:
         """Whether a value holds one image after the other."""
-        return self.shape(name)[0] == self.batch and self.graph.strides.get(name) == self.shape(name)[1:].numel()
+        first, *rest = self.shape(name)
+        return bool(rest) and first == self.batch and self.graph.strides.get(name) == math.prod(rest)
 
     def flat(self, name: str, value: Tensor) -> Tensor:
         """[..., B, n] from [..., *shape]: the entries of every example, in order."""

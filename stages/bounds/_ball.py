@@ -36,7 +36,7 @@ class Ends:
             self._reach = box.ball.eps * (1 + 1e-6) + 2.0**-23 * norms
 
     def least(self, slopes: Tensor, loss: float) -> Tensor:
-        """[R, B] from [R, B, ...]; `loss` times |a|^T |x| is taken off as well."""
+        """[R, B] from [R, B, n] or more dimensions; `loss` times |a|^T |x| is taken off as well."""
         if self.ball is None:
             return self._box(slopes, loss)
         flat = slopes.flatten(2).double()

@@ -65,7 +65,7 @@ class Channelwise(Chain):
         around, then adds what they give to what is there, in place of laying out mostly zeros for a sum."""
         op = self.made[op.result] = _alive.reading(self, op)
         super().follow(op)
-        if _linear.skips(op, self.values):
+        if not op.counts and _linear.skips(op, self.values):
             self.done.pop()
             places = [place for place, before in enumerate(self.done) if before.result == op.reads()[0]]
             self.done.insert(places[0] + 1 if places else 0, op)

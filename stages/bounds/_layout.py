@@ -23,11 +23,15 @@ def trained(net: nn.Module) -> bool:
 
 
 def last(value: Any, wanted: bool = True) -> Any:
-    """Images [B, C, H, W], and weights of that many dimensions, channels-last where `wanted`; the rest as it is."""
+    """Images [B, C, H, W], and weights of that many dimensions, channels-last where `wanted`; the rest as it is.
+
+    One channel lies alike in either order, and has the strides of the other one: with those of channels-last torch 2.13
+    computes some convolutions wrongly on processors (stride (1, 2), one column of results).
+    """
     if not (wanted and isinstance(value, Tensor) and value.dim() == 4):
         return value
-    if value.shape[1] == 1:  # either order, which kernels take for the other one unless its strides say so
-        value = value[:, 0, :, :, None].permute(0, 3, 1, 2)
+    if value.shape[1] == 1:
+        return value.contiguous().flatten().view(value.shape)
     return value.contiguous(memory_format=torch.channels_last)
 
 

@@ -109,7 +109,7 @@ def narrow(weight: Tensor, stride: list[int], dilation: list[int]) -> bool:
 
 def _thin(weight: Tensor, stride: list[int], dilation: list[int], sizes: torch.Size) -> bool:
     """Whether pixels of so few channels are quicker several at a time."""
-    if weight.dim() != 4 or weight.shape[1] > _FEW or math.prod(dilation) > 1:
+    if weight.dim() != 4 or weight.shape[1] > _FEW or len(weight) == 1 or math.prod(dilation) > 1:
         return False
     return weight.shape[2:].numel() > 1 and _phases.abreast(sizes[1], each(stride, 2)) > 1
 

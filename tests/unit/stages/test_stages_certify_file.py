@@ -82,7 +82,7 @@ def test_certifiers_of_one_kind_all_have_their_turn_and_what_is_left_says_why(fo
 def test_a_float_file_is_proved_up_to_what_onnxruntime_was_seen_to_differ(folder: Path) -> None:
     found = certified(folder / "plain.onnx", (Quantised(),))
     assert found.findings == ()
-    assert 0 < found.contract["slack"] < 1e-3
+    assert 0 <= found.contract["slack"] < 1e-3  # 0 where this processor's kernels sum alike
     assert "measured, not proved" in found.contract["covers"]
 
 

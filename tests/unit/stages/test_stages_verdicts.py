@@ -1,5 +1,6 @@
 """One network in many forms of file is one network: the same verdict for every image; and what is proved of which."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -106,12 +107,11 @@ def test_what_is_stored_is_what_the_first_attack_that_broke_it_found(plain: Verd
 
 
 def test_bounds_give_up_twice_the_gap_between_file_and_twin(tmp_path: Path) -> None:
-    given = subject(tmp_path)
+    given = replace(subject(tmp_path), gap=1e-3)  # on some processors both sum alike, and there is none
     x, y = shown()
     assert given.twin is not None
     bare = IBP().margins(given.twin, x, y, THREAT)
     found = judged(given, certify=True).proved.margins["ibp"]
-    assert given.gap > 0
     torch.testing.assert_close(found, bare - 2 * given.gap, rtol=0, atol=1e-5)
 
 
