@@ -13,7 +13,11 @@ log=$(mktemp) && trap 'rm -f "$log"' EXIT
 leave() { echo "device tests left out: $1" && exit 0; }
 
 # have TOOLS: the same names as their Debian packages, but for qemu-user-static's qemu-aarch64-static.
-have() { command -v buildah debootstrap qemu-aarch64-static dpkg-deb; } >/dev/null
+# One by one: asked about several, `command -v` is content with any of them.
+have() {
+    local tool
+    for tool in buildah debootstrap qemu-aarch64-static dpkg-deb; do command -v "$tool" >/dev/null || return 1; done
+}
 
 install() {
     export DEBIAN_FRONTEND=noninteractive
