@@ -84,6 +84,7 @@ def _report(name: str, here: Case) -> None:
     accuracy = float((here.net(here.x).argmax(1) == here.y).float().mean())
     print(f"\n## {name}, eps {here.threat.eps:.4f}; accuracy {accuracy:.3f} on {len(here.x)} test images")
     print(f"forward pass {1 / unit:,.0f} images/s; one backward row {row / unit:.2f} forward passes")
+    print(f"channels off in all of {_BATCH} images, layer by layer: {_off(here)}")
     print("| method | images | images/s | forward passes per image | peak MiB | live MiB | formula MiB | proved |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     spent: dict[str, list[float]] = {}
@@ -247,6 +248,16 @@ def _needs(here: Case, images: int, last: int) -> tuple[float, float, float, flo
     neurons, ends = (sum(pair[i] for pair in counts.values()) for i in (0, 1))
     once, asked = (sum(pair[i] * each[name] for name, pair in counts.items()) + last * each[""] for i in (0, 1))
     return neurons, ends, once, asked, [seconds / images for seconds in times["crown"]]
+
+
+def _off(here: Case) -> str:
+    """Of every ReLU over images, how many channels intervals put out, and how many there are."""
+    with torch.no_grad():
+        chain = Chain(here.net, _asked(here, _BATCH)[0], UNITS["float32"], False)
+        _sweep.follow(chain)
+    highs = [chain.values[op.result].high for op in chain.done if op.kind == "relu"]
+    counts = [((high.amax((0, 2, 3)) <= 0).sum(), high.shape[1]) for high in highs if high.dim() == 4]
+    return ", ".join(f"{int(off)} of {channels}" for off, channels in counts)
 
 
 def _open(chain: Chain, name: str) -> float:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import numpy as np
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from stages import seeding
 from stages.method import names
@@ -85,3 +85,13 @@ class Single(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
+
+
+@torch.no_grad()
+def draw_weights(net: nn.Module, rng: Generator) -> None:
+    """Parameters and statistics at random, variances well above 0."""
+    for name, value in net.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(0.4 * torch.randn(value.shape, generator=rng))
+            if "running_var" in name:
+                value.abs_().add_(0.1)

@@ -1,12 +1,11 @@
 """Channels that are off: a ReLU whose box is 0 in a whole channel, for every image of a group, leaves it out.
 
-Networks that are trained for intervals have many (a third to four fifths of a layer). Such a channel is exactly 0, so
+Networks that are trained for intervals have many. Such a channel is exactly 0, so
 convolutions that read it do without it and their weights for it, which must be finite. On the way back its coefficients
 are 0 after the ReLU, so what the ReLU reads does without it too, down to the convolutions that it is a sum of. Sums are
 taken in another order then: the last digits of an image's bound may depend on the images beside it.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,7 @@ def channels(chain: "Channelwise", op: Op) -> Tensor | None:
     readers = [reader for reader in chain.graph.ops if result in reader.reads()]
     if not (chain.owned(result) and chain.images(result) and all(_plain(reader, result) for reader in readers)):
         return None
-    if _sources(chain, op.reads()[0]) is None:
+    if not _sources(chain, op.reads()[0]):
         return None
     most = chain.peak(result, near=True).amax(0)
     kept = max(_LEAST, int((most > 0).sum()))
@@ -48,7 +47,7 @@ def keep(chain: "Channelwise", op: Op, on: Tensor) -> None:
     chain.values[result] = Interval.above_zero(pick(box.low, on), pick(box.high, on))
     chain.set_peak(result, chain.peaks[result][:, on])
     chain.alive[result] = on
-    for name in _sources(chain, op.reads()[0]) or ():
+    for name in _sources(chain, op.reads()[0]):
         chain.alive[name] = on
         if chain.made[name].kind == "convolution":
             chain.slim[name] = _with(chain, chain.made[name], "out", lambda weight: weight[on])
@@ -87,19 +86,12 @@ def _plain(op: Op, name: str = "") -> bool:
     return not name or (op.args[0] == Ref(name) and op.reads().count(name) == 1)
 
 
-def _sources(chain: "Channelwise", name: str) -> list[str] | None:
-    """`name` and what it is a sum of, down to convolutions; None where anybody else reads one, or there is more."""
-    found = list(_down(chain, name))
-    return None if None in found else [name for name in found if name is not None]
-
-
-def _down(chain: "Channelwise", name: str) -> Iterator[str | None]:
+def _sources(chain: "Channelwise", name: str) -> list[str]:
+    """`name` and what it is a sum of, down to convolutions; nothing where anybody else reads one, or there is more."""
     op = chain.made.get(name)
     if op is None or chain.readers(name) != 1 or name in chain.settled or not chain.images(name):
-        yield None
-    elif op.kind == "add" and len(op.args) == 2 and _slack.alike(chain, op) and op.args[0] != op.args[1]:
-        yield name
-        for operand in chain.operands(op):
-            yield from _down(chain, operand)
-    else:
-        yield name if _plain(op) and len(chain.shape(op.args[0].name)) == 4 else None
+        return []
+    if op.kind == "add" and len(op.args) == 2 and _slack.alike(chain, op) and op.args[0] != op.args[1]:
+        one, two = (_sources(chain, operand) for operand in chain.operands(op))
+        return [name, *one, *two] if one and two else []
+    return [name] if _plain(op) and len(chain.shape(op.args[0].name)) == 4 else []

@@ -13,6 +13,7 @@ from stages.bounds._channels import Channelwise
 from stages.bounds._interval import DOUBLE, SINGLE, Interval
 from stages.bounds.base import Box
 from stages.seeding import generator
+from tests.networks import draw_weights
 
 K = 3
 
@@ -30,12 +31,7 @@ class Network(nn.Module):
         self.around = nn.Conv2d(6, K, 1, (2, 3), bias=False)
         self.late = nn.Conv2d(6, K, 3, 1)
         self.last = nn.Linear(4, K)
-        with torch.no_grad():
-            for name, value in self.state_dict().items():
-                if value.is_floating_point():
-                    value.copy_(0.4 * torch.randn(value.shape, generator=rng))
-                    if "running_var" in name:
-                        value.abs_().add_(0.1)
+        draw_weights(self, rng)
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.first(image)

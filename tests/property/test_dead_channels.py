@@ -17,6 +17,7 @@ from stages.bounds._channels import Channelwise
 from stages.bounds._interval import SINGLE
 from stages.bounds.base import Box
 from stages.seeding import generator
+from tests.networks import draw_weights
 
 _K = 3
 
@@ -37,12 +38,8 @@ class _Block(nn.Module):
         self.short = nn.Conv2d(channels, made, 1, self.stride)
         self.inner = nn.Conv2d(made, made, 3, 1, 1)
         self.norm: nn.Module = nn.BatchNorm2d(made) if draw(4) == 0 else nn.Identity()
+        draw_weights(self, rng)
         with torch.no_grad():
-            for name, value in self.state_dict().items():
-                if value.is_floating_point():
-                    value.copy_(0.4 * torch.randn(value.shape, generator=rng))
-                    if "running_var" in name:
-                        value.abs_().add_(0.1)
             for bias in (self.body.bias, self.inner.bias):
                 assert bias is not None
                 bias[torch.rand(made, generator=rng) < (0.0, 0.4, 0.7, 1.0)[draw(4)]] = -50
